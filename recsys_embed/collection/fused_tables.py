@@ -29,6 +29,7 @@ from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.recording import refuse_scripting
 from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer
 from recsys_embed.optim.replicas import inside_fsdp
+from recsys_embed.utils.dynamo import uncompiled
 from recsys_embed.utils.types import JSON
 
 # What copies and pickles start anew.
@@ -235,6 +236,7 @@ class FusedTables(TablesOfAnOptimizer):
             if table.requires_grad:
                 refuse_parts(table)
 
+    @uncompiled
     @torch.no_grad()
     def _update(self, storage: str, record: LookupRecord, weight: Tensor, rows: Tensor, grad: Tensor) -> None:
         """What a gather by torch's operations does in backward."""
@@ -302,6 +304,8 @@ class FusedTables(TablesOfAnOptimizer):
         update = None if record is None else partial(self._update_native, record)
         return NativeStep(self._catch_up_native, update, states, self._handle, lazy, collects)
 
+    # Torch's compiler also compiles what a backward calls in a function that it compiles, such as a whole train step.
+    @uncompiled
     @torch.no_grad()
     def _update_native(
         self,

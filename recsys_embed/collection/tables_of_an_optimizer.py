@@ -21,6 +21,7 @@ from recsys_embed.kernels.native import row_steps
 from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, rows_of
 from recsys_embed.optim.replicas import Replicas
 from recsys_embed.optim.row_gradient import is_dense
+from recsys_embed.utils.dynamo import in_compiled_autograd
 
 
 def nobody() -> None:
@@ -158,6 +159,8 @@ class TablesOfAnOptimizer(TablesWithState):
 
     def refuse_stale(self, table: Tensor) -> None:
         """Refuse a gradient that came from outside a lookup, of a table that has been read with deferred steps."""
+        if in_compiled_autograd():  # where gradients of lookups are dense
+            return
         if self._has_missed_steps and id(table) not in self._have_dense_gradients and is_dense(table.grad):
             table.grad = None
             raise ConfigError(

@@ -102,6 +102,9 @@ def to_torch_export(
     :class:`IdRangeError` in the model raises ``RuntimeError`` in the program. Batches of any size pass, an empty one
     included; a collection's bags in the form ``(values, offsets)`` take two samples or more.
 
+    Ahead-of-time compilation asks for example inputs, which the file does not hold: set ``program.example_inputs =
+    (inputs, {})`` of what ``torch.export.load`` returns before ``torch._inductor.aoti_compile_and_package``.
+
     The file is a zip archive of torch's: the program as JSON, tensors as raw bytes, and nothing pickled.
     ``torch.export.load`` compiles Python from it (its shape guards), so load only files you trust.
 

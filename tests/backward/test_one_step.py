@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import recsys_embed as rse
 from recsys_embed.collection.backward_steps import BackwardSteps
 from recsys_embed.errors import ConfigError
-from tests.fused_model import BACKENDS, IDS, PAIRS, Model, loss_of, weights
+from tests.fused_model import BACKENDS, IDS, PAIRS, Model, dense, loss_of, weights
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -158,3 +158,26 @@ def test_lookups_of_several_threads_are_one_step(backend: str, by: str) -> None:
             torch.stack(own + others).sum().backward()
         optimizer.step()
         torch.testing.assert_close(weights(fused)["tables.width8"], weights(twin)["tables.width8"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's compiler itself
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_train_step_is_compiled_as_a_whole(backend: str, name: str, compiler: str) -> None:
+    """Torch's compiler runs its backward as it is, and would compile the Python that the backward calls."""
+    torch._dynamo.reset()
+    models = Model(PAIRS[name][0], backend=backend), Model(PAIRS[name][0], backend=backend)
+    for model, compiled in zip(models, (True, False), strict=True):
+        optimizer = dense(model)
+
+        def step(at: slice, model: Model = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad()
+            loss_of(model, at).backward()
+            optimizer.step()
+
+        run = torch.compile(step, backend=compiler) if compiled else step
+        for i in range(4):
+            run(slice(16 * i, 16 * i + 16))
+    torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=1e-4, atol=2e-6)

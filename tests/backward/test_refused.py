@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import recsys_embed as rse
 from recsys_embed.errors import ConfigError
-from tests.fused_model import BACKENDS, IDS, Model, dense, loss_of, one_step, weights
+from tests.fused_model import BACKENDS, IDS, PAIRS, Model, dense, loss_of, one_step, weights
 
 
 def accumulated(model: Model) -> None:
@@ -164,3 +164,31 @@ def test_a_hook_on_a_table_that_compiled_code_looks_up_is_refused_at_step_too() 
     call(IDS[:8]).sum().backward()
     optimizer.step()
     assert seen == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler itself
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_autograd_is_refused_and_runs_at_step(backend: str) -> None:
+    """It leaves out what is queued for the end of a backward, and gives lookups dense gradients."""
+    rule, of_torch = PAIRS["adam"]
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        model = Model(rule, backend=backend)
+        before = weights(model)
+        loss = loss_of(model, slice(8))
+        with pytest.raises(ConfigError, match="compiled autograd runs this backward"):
+            torch.compile(lambda loss=loss: loss.backward(), backend="aot_eager")()
+        assert all(torch.equal(before[k], v) for k, v in weights(model).items())
+        twin = Model(None, backend=backend)
+        optimizer = rse.optim.fused_optimizer(model, dense(model))
+        others = [of_torch(list(twin.tables.parameters())), torch.optim.SGD(twin.head.parameters(), 0.1)]
+        for i in range(3):
+            optimizer.zero_grad()
+            loss = loss_of(model, slice(8 * i, 8 * i + 8))
+            torch.compile(lambda loss=loss: loss.backward(), backend="aot_eager")()
+            optimizer.step()
+            [other.zero_grad() for other in others]
+            loss_of(twin, slice(8 * i, 8 * i + 8)).backward()
+            [other.step() for other in others]
+    torch.testing.assert_close(weights(model), weights(twin), rtol=1e-4, atol=2e-6)

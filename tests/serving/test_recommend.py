@@ -18,7 +18,7 @@ from recsys_embed.cli import main
 from recsys_embed.data import convert_table, open_dataset
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.exports.run_model import model_of_run
-from recsys_embed.models import RetrievalModel
+from recsys_embed.models import RetrievalModel, build_model
 from recsys_embed.train import TrainConfig, run_training
 from recsys_embed.typing import BagIds
 
@@ -122,6 +122,29 @@ def test_sasrec_needs_the_history_alone(tmp_path: Path) -> None:
     assert found.items.tolist() == [ids.values_of(row).to_list() for row in wanted.numpy()]
 
 
+def test_items_to_leave_out_as_text(tmp_path: Path, capsys: Any) -> None:
+    """Digits as names, histories as delimited text, read from CSV: all that a row names is left out, cut or not."""
+    table = events([f"0{i}" for i in range(12)])
+    text = table.with_columns(pl.col("seen").list.join("|")).drop("kind", "price")
+    text.write_csv(tmp_path / "all.csv")
+    columns = {**SCHEMA["columns"], "seen": {**SCHEMA["columns"]["seen"], "separator": "|"}}
+    columns = {name: columns[name] for name in text.columns}
+    reader = {"types": {"item": "string"}}
+    convert_table(tmp_path / "all.csv", tmp_path / "data", {**SCHEMA, "columns": columns, "source": reader})
+    data = open_dataset(tmp_path / "data")
+    config = TrainConfig(model="twotower", model_args={"hidden": [4], "output_dim": 4}, loss="bpr", embedding_dim=4)
+    rse.export(run_training(config, data, show_progress=False).model, tmp_path / "m.safetensors", encoders=data)
+    users = text.select("user", "seen", "age", pl.Series("last", [f"0{i % 12}" for i in range(len(text))]))
+    users.write_csv(tmp_path / "users.csv")
+    args = ["predict", str(tmp_path / "m.safetensors"), str(tmp_path / "users.csv"), "--top", "12"]
+    out = tmp_path / "top.parquet"
+    assert main([*args, "--exclude", "seen,last", "--out", str(out)]) == 0, capsys.readouterr().err
+    found = pl.read_parquet(out).group_by("row", maintain_order=True).agg("item")
+    everything = {f"0{i}" for i in range(12)}
+    wanted = [everything - {*(seen or "").split("|"), last} for seen, last in users.select("seen", "last").iter_rows()]
+    assert [set(items) for items in found["item"]] == wanted
+
+
 def test_files_of_recommendations(tmp_path: Path, capsys: Any) -> None:
     names = NAMES["big"]
     model, _, rows = served(tmp_path, names)
@@ -174,3 +197,25 @@ def test_what_cannot_be_recommended_is_refused(tmp_path: Path, capsys: Any) -> N
     assert "--exclude goes with --top" in capsys.readouterr().err
     assert main([*args, "--top", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["top"] == 3
+
+
+def test_models_and_items_without_names_are_refused(tmp_path: Path, capsys: Any) -> None:
+    table = events(NAMES["string"])
+    columns = {"user": {"kind": "categorical"}, "age": {"kind": "numeric", "buckets": 4}}
+    convert_table(table, tmp_path / "data", {"columns": columns, "split": SCHEMA["split"]})
+    data = open_dataset(tmp_path / "data")
+    schema = data.schema(4)
+    towers: Any = build_model("twotower", schema, rse.Plan.full(schema), num_dense=0, item="age", hidden=(4,))
+    rse.export(towers, tmp_path / "towers.safetensors", encoders=data)
+    buckets: Any = rse.load(tmp_path / "towers.safetensors")
+    with pytest.raises(ConfigError, match="feature 'age' is no category, so that its ids have no names"):
+        buckets.recommend(table, k=2)
+    buckets.scorer.stored = buckets.scorer.stored.replace(kind="criteo")
+    with pytest.raises(ConfigError, match="Criteo's columns have no names of items"):
+        buckets.recommend(table, k=2)
+    clicks = build_model("dnn", schema, rse.Plan.full(schema), num_dense=0, hidden=(4,))
+    rse.export(clicks, tmp_path / "clicks.safetensors", encoders=data)
+    table.select("user", "age").write_parquet(tmp_path / "rows.parquet")
+    args = [str(tmp_path / "clicks.safetensors"), str(tmp_path / "rows.parquet"), "--out", str(tmp_path / "o.csv")]
+    assert main(["predict", *args, "--top", "2"]) != 0
+    assert "--top is of retrieval models (twotower, sasrec)" in capsys.readouterr().err

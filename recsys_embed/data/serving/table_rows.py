@@ -16,7 +16,7 @@ from recsys_embed.data.columns.vector import SavedVector, Vector
 from recsys_embed.data.serving.lookups import MappedVocabulary, make_vocabulary
 from recsys_embed.data.serving.row_encoder import EncodedRows, RowEncoder
 from recsys_embed.data.serving.stored import StoredEncoders
-from recsys_embed.data.sources import Source, join_options, open_source
+from recsys_embed.data.sources import Source, open_like
 from recsys_embed.data.sources.bad_rows import find_bad_rows
 from recsys_embed.data.sources.base import Chunk
 from recsys_embed.data.sources.frames import FrameSource
@@ -87,7 +87,7 @@ class TableEncoder(RowEncoder):
 
     def open(self, table: Any, options: Mapping[str, Any] | None = None) -> Source:
         given = dict(options or {})
-        source = open_source(table, join_options(self.options, given), known_only=not given)
+        source = open_like(table, self.options, given)
         check_dialect(source, self.columns, given)
         encoders = [*self.read, *self.others(source.types)]
         read_as_learned(source, encoders)

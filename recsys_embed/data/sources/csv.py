@@ -255,7 +255,7 @@ class CsvFiles(TextFiles):
         return pl.List(pl.String()) if found is None and a.is_nested() and b.is_nested() else found
 
     def finish_types(self, types: dict[str, pl.DataType]) -> dict[str, pl.DataType]:
-        absent = [f"`lists` names {n!r}, which is no column" for n in self.options.lists if n not in types]
+        absent = [f"`lists` names {n!r}, which is no column" for n in self.options.lists if self._lacks(n, types)]
         raise_faults(absent, f"the columns of {self.files[0]} are {', '.join(types)}")
         return super().finish_types(types)
 

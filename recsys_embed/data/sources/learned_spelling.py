@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from recsys_embed.data.columns import Column, Encoder
@@ -18,7 +19,9 @@ from recsys_embed.data.sources.frames import FrameSource
 from recsys_embed.data.sources.text import TextFiles
 from recsys_embed.errors import raise_faults
 
-_ROWS = 2048
+_ROWS, _BYTES = 1024, 1 << 18
+_FILES = 64
+"""Of more files than twice as many, only some are looked at."""
 _PADDED = 12
 """Most digits of numbers that are looked for with zeros before them."""
 
@@ -34,23 +37,26 @@ def check_spelling(source: Source, encoders: Iterable[Encoder], given: Mapping[s
     Raises:
         ConfigError: names the columns, a value, and the option.
     """
+    wanted = [e for e in encoders if isinstance(e, VocabularyEncoder) and _may_differ(source, e)]
+    columns = list(dict.fromkeys(e.column.source for e in wanted))
     faults = []
-    for encoder in encoders:
-        column = encoder.column
-        if (
-            not isinstance(encoder, VocabularyEncoder)
-            or encoder.dtype != pl.String
-            or column.source not in source.types
-        ):
-            continue
-        separator, numbers = list_separator(source, column), encoder.writes_numbers(source.types[column.source])
-        numbers |= isinstance(source, FrameSource) and column.source in source.written
-        # Whatever rows in memory hold else was meant so, and one row is scored in no time.
-        if isinstance(source, TextFiles) or separator is not None or numbers:
-            for file, name in enumerate(source.files):
-                why = _fault(source, file, encoder, separator, given) or _zeros(source, file, encoder)
-                faults += [f"{name}: column {column.source!r}: {why}"] if why else []
+    for file in range(0, len(source.files), max(1, len(source.files) // _FILES)) if columns else ():
+        first = first_rows(source, file, columns)
+        for encoder in wanted:
+            name, separator = encoder.column.source, list_separator(source, encoder.column)
+            why = _fault(source, first[name], encoder, separator, given) or _zeros(first[name], encoder.known)
+            faults += [f"{source.files[file]}: column {name!r}: {why}"] if why else []
     raise_faults(faults, "the values are written in another way than those that were learned")
+
+
+def _may_differ(source: Source, encoder: VocabularyEncoder) -> bool:
+    """Whether values could be written in another way than the texts that were learned."""
+    name = encoder.column.source
+    if encoder.dtype != pl.String or name not in source.types:
+        return False
+    # Whatever rows in memory hold else was meant so, and one row is scored in no time.
+    numbers = encoder.writes_numbers(source.types[name]) or (isinstance(source, FrameSource) and name in source.written)
+    return numbers or isinstance(source, TextFiles) or list_separator(source, encoder.column) is not None
 
 
 def list_separator(source: Source, column: Column) -> str | None:
@@ -74,10 +80,19 @@ def other_separator(values: pl.Series, separator: str) -> str | None:
     return best if held[best] > len(values) / 2 else None
 
 
-def first_texts(source: Source, file: int, column: str, *, several: bool = False) -> pl.Series:
-    """Distinct texts of a file's first rows; of lists, their values if none has several or those are wanted as well."""
-    chunk = next(iter(source.chunks(file, 0, _ROWS, [column])), None)
-    values = pl.Series(column, [], dtype=pl.String) if chunk is None else chunk.frame[column]
+def first_rows(source: Source, file: int, columns: Sequence[str]) -> pl.DataFrame:
+    """The first rows of a file."""
+    if isinstance(source, TextFiles):
+        # A block of text is parsed whole, so that it is a small one.
+        data, ends = next(source.blocks(file, _BYTES), (b"", np.zeros(0, np.int64)))
+        ends = ends[:_ROWS]
+        return source.parse(file, data[: ends[-1]] if len(ends) else b"", ends, 0, columns)[0]
+    chunk = next(iter(source.chunks(file, 0, _ROWS, columns)), None)
+    return pl.DataFrame(schema={c: source.types[c] for c in columns}) if chunk is None else chunk.frame
+
+
+def distinct_texts(values: pl.Series, *, several: bool = False) -> pl.Series:
+    """Distinct texts of a column; of lists, their values if none has several or those are wanted as well."""
     if values.dtype.is_nested():
         lists = values.arr.to_list() if isinstance(values.dtype, pl.Array) else values
         lists = lists.head(0) if not several and (lists.list.len() > 1).any() else lists
@@ -87,11 +102,12 @@ def first_texts(source: Source, file: int, column: str, *, several: bool = False
 
 
 def _fault(
-    source: Source, file: int, encoder: VocabularyEncoder, separator: str | None, given: Mapping[str, Any]
+    source: Source, values: pl.Series, encoder: VocabularyEncoder, separator: str | None, given: Mapping[str, Any]
 ) -> str | None:
     name, known = encoder.column.source, encoder.known
-    texts = first_texts(source, file, name)
-    if not len(texts):
+    texts = distinct_texts(values)
+    # Unless half of them are unknown, nothing below holds.
+    if not len(texts) or (known is not None and 2 * int((known.find(texts) == 0).sum()) < len(texts)):
         return None
     reader = source if isinstance(source, CsvFiles) else None
     if separator is not None and name not in given.get("lists", ()):
@@ -118,18 +134,18 @@ def _fault(
     return None
 
 
-def _zeros(source: Source, file: int, encoder: VocabularyEncoder) -> str | None:
+def _zeros(values: pl.Series, known: ValueVocabulary | None) -> str | None:
     """Why numbers are not the texts that were learned: those begin with zeros."""
-    if encoder.known is None:
+    if known is None:
         return None
-    texts = first_texts(source, file, encoder.column.source, several=True)
+    texts = distinct_texts(values, several=True)
     if texts.str.contains("^0[0-9]").any():
         return None
     numbers = texts.filter(texts.str.contains("^[0-9]+$"))
-    numbers = numbers.filter(encoder.known.find(numbers) == 0)
-    for width in range(2, _PADDED + 1):
+    numbers = numbers.filter(known.find(numbers) == 0)
+    for width in range(2, _PADDED + 1) if len(numbers) else ():
         padded = numbers.str.zfill(width)
-        lost = padded.filter((encoder.known.find(padded) > 0) & (padded != numbers))
+        lost = padded.filter((known.find(padded) > 0) & (padded != numbers))
         if len(lost):
             return (
                 f"{str(lost[0]).lstrip('0')!r} is unknown, and {lost[0]!r} is known: give texts, which keep their zeros"

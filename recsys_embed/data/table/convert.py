@@ -20,10 +20,11 @@ from recsys_embed.data.conversion import ConvertReport, OnBadRow, Progress, chec
 from recsys_embed.data.folder import WORK_DIR, lock
 from recsys_embed.data.manifest import Manifest, read_manifest
 from recsys_embed.data.publish import BuiltDataset, publish
-from recsys_embed.data.sources import Source, join_options, open_source
+from recsys_embed.data.sources import Source, join_options, open_like, open_source
 from recsys_embed.data.sources.learned_spelling import (
     check_spelling,
-    first_texts,
+    distinct_texts,
+    first_rows,
     list_separator,
     other_separator,
 )
@@ -89,9 +90,8 @@ def convert_table(
     how = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=workers)
     out = Path(out)
     made, donor = _schema(schema, like, split)
-    if options:
-        made = made.replace(source=join_options(made.source, options))
-    found = open_source(source, made.source, known_only=donor is not None and not options)
+    former, made = made.source, made.replace(source=join_options(made.source, options or {}))
+    found = open_source(source, made.source) if donor is None else open_like(source, former, options or {})
     check_target(out)
     _keep_apart(out, like, found)
     with lock(out):
@@ -203,7 +203,7 @@ def _odd_separators(table: Source, schema: TableSchema) -> list[str]:
     for column in schema.used:
         separator = list_separator(table, column)
         if separator is not None:
-            other = other_separator(first_texts(table, 0, column.source), separator)
+            other = other_separator(distinct_texts(first_rows(table, 0, [column.source])[column.source]), separator)
             if other is not None:
                 found.append(
                     f"column {column.source!r}: no value of the first rows holds the separator {separator!r}, and most "

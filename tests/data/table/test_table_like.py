@@ -219,3 +219,19 @@ def test_statistics_of_a_shared_vocabulary_are_of_all_its_values(
     assert field["occurrences"] == 600
     assert main(["plan", "--data", str(out), "--budget", "1KiB", "--embedding-dim", "4"]) == 0
     assert "one table for item, seen" in " ".join(capsys.readouterr().out.split())
+
+
+def test_options_of_the_old_files_may_name_columns_that_new_rows_lack(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    old.write_text("click,zip\n1,01\n0,02\n1,01\n0,02\n")
+    new.write_text("zip\n02\n01\n")
+    columns = {"click": {"kind": "label"}, "zip": {"kind": "categorical", "min_count": 1}}
+    source = {"types": {"click": "integer", "zip": "string"}}
+    split = {"kind": "all", "only": "train"}
+    convert_table(old, tmp_path / "a", {"columns": columns, "source": source, "split": split})
+    convert_table(new, tmp_path / "b", like=tmp_path / "a")
+    made, known = open_dataset(tmp_path / "b"), open_dataset(tmp_path / "a").vocabulary("zip")
+    ids = dict(zip(known.values, known.ids.tolist(), strict=True))
+    assert made.read("test", 0, 2).ids[:, 0].tolist() == [ids["02"], ids["01"]]
+    with pytest.raises(ConfigError, match="`types` names 'click', which is no column"):
+        convert_table(new, tmp_path / "c", like=tmp_path / "a", options={"types": {"click": "integer"}})
