@@ -54,9 +54,8 @@ def without_state() -> bool:
 def optimizer_entries(names: Iterable[str]) -> list[str]:
     """Names among those of a collection's state dict, without its prefix, that are of optimizer state."""
     names = list(names)
-    storages = tuple(n.removesuffix(STEPS) for n in names if n.endswith(f"_{STEPS}") and "." not in n)
-    starts = tuple(f"{s}_" for s in storages)
-    return [n for n in names if "." not in n and n.startswith(starts) and n not in storages] if storages else []
+    starts = tuple(n.removesuffix(STEPS) for n in names if n.endswith(f"_{STEPS}") and "." not in n)
+    return [n for n in names if "." not in n and n.startswith(starts) and f"{n}_" not in starts] if starts else []
 
 
 def forget_state(state_dict: dict[str, object], prefix: str, storages: tuple[str, ...]) -> None:

@@ -98,9 +98,6 @@ def plan_for_budget(
     >>> plan = plan_for_budget(schema, "1MiB", methods=["full", "hash"])
     >>> plan["C1"].method, plan["C2"].method, plan.footprint(schema).serve <= 2**20
     ('full', 'hash', True)
-    >>> plan = plan_for_budget(schema, "5MiB", precision=["fp32", "int4"])
-    >>> plan["C2"].method, plan["C2"].precision
-    ('lowdim', 'int4')
     """
     given = schema_of(model_or_schema)
     # Sorted, so that ties are broken alike whatever the order of the features.
@@ -141,8 +138,7 @@ def plan_for_budget(
     if warning is not None:
         warnings.warn(warning, stacklevel=2)
         notes = replace(notes, warnings=(warning,))
-    reasons = _reasons(schema, plan, features, losses, context, frequencies.known)
-    reasons = {n: _with_readers(why, given.by_table[given[n].table_name]) for n, why in reasons.items()}
+    reasons = _reasons(schema, plan, features, losses, context, frequencies.known, given)
     return with_frequent_ids(Plan(plan.configs, reasons, notes).for_readers(given), given, stats)
 
 
@@ -235,6 +231,7 @@ def _reasons(
     losses: Mapping[str, float],
     context: PlanningContext,
     known: frozenset[str],
+    given: Schema,
 ) -> dict[str, str]:
     programs = {s.name: plan[s.name].program(s) for s in schema}
     readers: dict[str, int] = {}
@@ -259,5 +256,5 @@ def _reasons(
             readers=max((readers[t.name] for t in program.tables if t.shared), default=0),
             counted=spec.name in known,
         )
-        out[spec.name] = explain(choice, context.limits)
+        out[spec.name] = _with_readers(explain(choice, context.limits), given.by_table[given[spec.name].table_name])
     return out
