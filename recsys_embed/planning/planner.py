@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from torch import nn
-
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Initializer, Table
 from recsys_embed.errors import BudgetError
@@ -20,7 +18,7 @@ from recsys_embed.planning.explain import FeatureChoice, explain
 from recsys_embed.planning.feasibility import check_possible, pinned_tables, ways_out
 from recsys_embed.planning.frequencies import Frequencies, with_frequent_ids
 from recsys_embed.planning.loss_estimate import column_spans
-from recsys_embed.planning.model_constraints import ModelConstraints, constraints_of
+from recsys_embed.planning.model_constraints import constraints_of
 from recsys_embed.planning.network_context import network_context
 from recsys_embed.planning.options import FeatureOptions, PlanningContext, tiny_bytes
 from recsys_embed.planning.predict import curve_terms, plan_losses
@@ -102,12 +100,9 @@ def plan_for_budget(
     given = schema_of(model_or_schema)
     # Sorted, so that ties are broken alike whatever the order of the features.
     schema = Schema(sorted(given.first_readers, key=lambda s: s.name))
-    constraints = (
-        constraints_of(model_or_schema) if isinstance(model_or_schema, nn.Module) else ModelConstraints({}, {}, (), {})
-    )
-    total, context = planning_context(
-        given, budget, target, methods, optimizer, itemsize_of(itemsize, constraints), precision, limits
-    )
+    constraints = constraints_of(model_or_schema)
+    itemsize = itemsize_of(itemsize, constraints)
+    total, context = planning_context(given, budget, target, methods, optimizer, itemsize, precision, limits)
     context = replace(context, limits=limits_of_tables(given, context.limits))
     frequencies = Frequencies.of(schema, statistics_of_tables(given, stats))
     weights = importance_of_tables(given, checked_importance(given, importance))
