@@ -32,6 +32,9 @@ class Head(ABC):
         stacks: :meth:`apply` takes columns ``[B, features, columns]`` of several features of one form at once, and
             its table, if it has one, as ``[features, *shape]``.
         reads_ids: :meth:`apply` needs the ids, not only their columns.
+        generates: the head computes rows that would otherwise be stored (a generator). Its work per id is large, so the
+            ids of a batch are deduplicated before any row is read, and each distinct id is computed once. Needs
+            ``pools = "ids"``.
         keeps_zero: zero columns give zero vectors. If not, vectors of absent ids are set to zero after the head.
     """
 
@@ -39,6 +42,7 @@ class Head(ABC):
     stacks: ClassVar[bool] = False
     keeps_zero: ClassVar[bool] = True
     reads_ids: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -148,6 +152,7 @@ class Contraction(Head):
 
     pools = "ids"
     stacks = True
+    generates = True
 
     def _sizes(self) -> dict[str, int]:
         inputs = self.equation.partition("->")[0].split(",")
@@ -229,6 +234,7 @@ class PerClassNetwork(Head):
     pools = "ids"
     keeps_zero = False
     reads_ids = True
+    generates = True
 
     @property
     def tables(self) -> tuple[str, ...]:

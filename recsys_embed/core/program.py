@@ -1,6 +1,7 @@
 """Lookup programs: a method as data, i.e. which tables it stores and how an id becomes a vector.
 
-ids -> transform indices -> gather rows -> combine per id -> head -> pool over the bag (done by the caller).
+ids -> transform indices -> gather rows -> combine per id -> head -> pool over the bag (done by the caller). With a head
+that generates rows, all of this but the pooling runs once per distinct id of a batch.
 The transforms are in :mod:`recsys_embed.core.transforms`.
 """
 
@@ -255,6 +256,11 @@ class LookupProgram:
         return self.combined_width if self.head is None else self.head.width(self.combined_width, self._head_shapes)
 
     @property
+    def generates(self) -> bool:
+        """Whether rows are computed, once for each distinct id of a batch: :attr:`Head.generates`."""
+        return self.head is not None and self.head.generates
+
+    @property
     def _head_shapes(self) -> dict[str, tuple[int, ...]]:
         return {} if self.head is None else {name: self.table(name).shape for name in self.head.tables}
 
@@ -338,6 +344,8 @@ class LookupProgram:
             faults.append(f"`padding` must be >= 0, and 0 beside a projection or another head; got {self.padding}")
         if self.head is not None:
             unfit = self.head.faults(self.combined_width, self._head_shapes)
+            if self.head.generates and self.head.pools != "ids":
+                unfit.append("a head that generates rows applies to ids, `pools = 'ids'`")
             if self.head.stacks and len(self.head.tables) > 1:
                 unfit.append("a head that stacks multiplies by one table at most")
             if unfit:

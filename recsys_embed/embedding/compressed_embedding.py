@@ -19,6 +19,7 @@ from recsys_embed.embedding.shared_tables import SharedTables
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec, Unseen
 from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
+from recsys_embed.kernels.distinct_ids import DistinctIds, distinct_ids
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.native.autograd import SingleLookup
 from recsys_embed.kernels.native.lookup import reads, runs_on
@@ -156,10 +157,12 @@ class CompressedEmbedding(ModuleTables):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Vectors of resolved int64 ``ids [n]``: ``[n, output width]``; padding is the caller's business."""
-        columns, head = self._columns(ids), self.program.head
+        head = self.program.head
         if head is None:
-            return columns
-        return run_head(head, columns, [self.table(n) for n in head.tables], ids, self._policy.zeros[0])
+            return self._columns(ids)
+        found = distinct_ids(ids) if head.generates else DistinctIds(ids, None)
+        tables = [self.table(n) for n in head.tables]
+        return found.scatter(run_head(head, self._columns(found.ids), tables, found.ids, self._policy.zeros[0]))
 
     def _columns(self, ids: Tensor) -> Tensor:
         """Combined rows of resolved int64 ``ids [n]``, before the program's head."""
