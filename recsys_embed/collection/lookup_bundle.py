@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_embed.collection.bags import Bags
+from recsys_embed.collection.bags import Bags, pick
 from recsys_embed.collection.batched_lookup import BATCHED_LOOKUPS, BatchedFeatures, BatchedLookup
+from recsys_embed.collection.first_readers import by_first_reader
+from recsys_embed.collection.generated_rows import GeneratedLookup
 from recsys_embed.collection.head_tables import HeadTables, TensorOptions
 from recsys_embed.collection.torch_features import features_for_torch, readers_of_shared_places
 from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
-from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
-from recsys_embed.features import Schema
+from recsys_embed.errors import UnknownNameError, raise_faults, unknown_name
+from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.distinct_ids import DistinctIds, distinct_ids
 from recsys_embed.kernels.id_checks import given_ids
@@ -31,9 +34,6 @@ from recsys_embed.kernels.vectorised import VectorisedLookup
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.registry import get_method
 from recsys_embed.utils.types import FeatureIds
-
-GeneratedLookup = Callable[[int, Tensor], Tensor | None]
-"""Vectors ``[n, width]`` of resolved ids ``[n]`` of a feature whose rows are computed; None: torch has to."""
 
 
 def _own(name: str) -> str:
@@ -135,22 +135,40 @@ class LookupBundle(Constants):
         self._places = {i: p for p, part in enumerate(self.parts[: self.grouped]) for i in part}
         for i in gathers:
             self.heads.add(f"unpooled{i}_0", (i,))
+        self._add_batched(kernels, specs, where, gathers, (lacking, unpooled), storages, like.device)
+
+    def _add_batched(
+        self,
+        kernels: Sequence[str],
+        specs: Sequence[FeatureSpec],
+        where: Sequence[Mapping[str, Place]],
+        gathers: Sequence[int],
+        left_to_torch: tuple[set[int], set[int]],
+        storages: Mapping[str, tuple[int, int]],
+        device: torch.device,
+    ) -> None:
+        """Make the lookups that kernels run: of all features but those left to torch, for single ids and for bags.
+
+        Args:
+            specs, where: of the features whose rows are gathered.
+            gathers: their positions in the schema.
+        """
+        place = {i: j for j, i in enumerate(gathers)}
+        programs = list(self.programs.values())
+        generated = {j for j, program in enumerate(programs) if program.generates}
         shares = not generated.isdisjoint(readers_of_shared_places(where))
 
         def features_of(run: Sequence[int]) -> BatchedFeatures:
             positions = [gathers[j] for j in run]
             return BatchedFeatures(
-                schema, run, positions, positions, [programs[j] for j in run], [where[j] for j in run],
+                self.schema, run, positions, positions, [programs[j] for j in run], [where[j] for j in run],
                 self.kernel.index, storages, self.unseen, self.heads, self.vectors, self.output_dim,
             )  # fmt: skip
 
-        for left, found, end in ((lacking, self.batched, ""), (unpooled, self.batched_bags, "_bags")):
+        for left, found, end in zip(left_to_torch, (self.batched, self.batched_bags), ("", "_bags"), strict=True):
             known = [j for j in range(len(specs)) if j not in left]
             run = [j for j in known if j not in generated]
-            rest = [
-                p for p, part in enumerate(self.parts)
-                if p >= self.grouped or place[part[0]] in left or place[part[0]] in generated
-            ]  # fmt: skip
+            rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or place[part[0]] not in run]
             for name in kernels if known else ():
                 if not end:
                     self._makers[name] = features_of(known)
@@ -158,10 +176,10 @@ class LookupBundle(Constants):
                     found[name] = self.batched[name]
                     continue
                 found[name] = BATCHED_LOOKUPS[name](features_of(run), rest, f"{name}{end}")
-                found[name].ordered = self._add_order(found[name].order, self._batched_parts(found[name]), like.device)
+                found[name].ordered = self._add_order(found[name].order, self._batched_parts(found[name]), device)
                 # Rows that only one call reads can be stepped by it; those that torch reads beside it are collected.
-                found[name].mixed = shares or any(p not in self._generated or place[self.parts[p][0]] in left
-                                                  for p in rest)  # fmt: skip
+                by_torch = [p for p in rest if p not in self._generated or place[self.parts[p][0]] in left]
+                found[name].mixed = shares or bool(by_torch)
 
     def _batched_parts(self, batched: BatchedLookup) -> list[tuple[int, ...]]:
         return [*batched.parts, *(self.parts[p] for p in batched.rest)]
@@ -191,32 +209,13 @@ class LookupBundle(Constants):
         unknown = [str(unknown_name("feature", name, known)) for name in counts if name not in known]
         raise_faults(unknown, "assign_", UnknownNameError)
         place = {name: number for number, name in enumerate(self.programs)}
-        for name, values in self._by_first_reader(counts).items():
+        for name, values in by_first_reader(self.schema, counts).items():
             if name in self.programs:
                 sets = isinstance(values, Mapping)
                 stored = values if sets else with_unseen(self.schema[name], cast("Tensor", values))
                 self.kernel.index.assign_(place[name], stored)
             else:
                 self._module(name).assign_(values)
-
-    def _by_first_reader(
-        self, counts: Mapping[str, Tensor | Mapping[str, Tensor]]
-    ) -> dict[str, Tensor | Mapping[str, Tensor]]:
-        """What is given for features of one table as one value: counts are summed, sets of ids have to be equal."""
-        found: dict[str, Tensor | Mapping[str, Tensor]] = {}
-        for name, value in counts.items():
-            first = self.schema.by_table[self.schema[name].table_name][0].name
-            known = found.get(first)
-            if known is None:
-                found[first] = value
-            elif isinstance(known, Mapping) or isinstance(value, Mapping):
-                raise ConfigError(
-                    f"assign_ takes the ids of an index once for all features of a table; got them for {name!r} as "
-                    f"well as for another feature of table {self.schema[name].table_name!r}"
-                )
-            else:
-                found[first] = torch.as_tensor(known) + torch.as_tensor(value)
-        return found
 
     def reset_own(self, seed: int) -> None:
         """Draw the initial weights of the modules that run themselves."""
@@ -285,22 +284,6 @@ class LookupBundle(Constants):
                 out[p] = self.vectors_of(self.parts[p][0], asked[p][:, 0]).flatten(1)
         return [out[p] for p in parts]
 
-    def _generated_by(
-        self, kernels: str, tables: list[Tensor], step: NativeStep | None, sparse: bool
-    ) -> GeneratedLookup:
-        """How kernels look up features whose rows are computed; None of those that they leave to torch."""
-
-        def look_up(feature: int, ids: Tensor) -> Tensor | None:
-            batched = self.batched_lookup_of(kernels, feature)
-            if batched is None:
-                return None
-            found = distinct_ids(ids)
-            return found.scatter(
-                batched.single(found.ids.unsqueeze(1), tables, step, sparse, resolved=True)[0].flatten(1)
-            )
-
-        return look_up
-
     def single_batched(
         self,
         kernels: str,
@@ -324,7 +307,12 @@ class LookupBundle(Constants):
         else:
             ids = self.unseen(ids.long())
             parts = batched.single(ids, tables, step, sparse, mask, resolved=True)
-            parts += self._singles(ids, batched.rest, gather, self._generated_by(kernels, tables, step, sparse))
+            parts += self._singles(
+                ids,
+                batched.rest,
+                gather,
+                GeneratedLookup(partial(self.batched_lookup_of, kernels), tables, step, sparse),
+            )
         return self._assemble(parts, batched.ordered, batched.order)
 
     def unpooled(self, feature: int, ids: Tensor, gather: Gather) -> Tensor:
@@ -352,10 +340,8 @@ class LookupBundle(Constants):
     ) -> Tensor:
         """As :meth:`unpooled`, by :meth:`batched_lookup_of` the feature."""
         if self._places[feature] in self._generated:
-            found = distinct_ids(self.unseen(ids.long(), feature))
-            return found.scatter(
-                batched.single(found.ids.unsqueeze(1), tables, step, sparse, resolved=True)[0].flatten(1)
-            )
+            look_up = GeneratedLookup(lambda _: batched, tables, step, sparse)
+            return cast("Tensor", look_up(feature, self.unseen(ids.long(), feature)))
         return batched.single(ids.unsqueeze(1), tables, step, sparse)[0].flatten(1)
 
     def batched_lookup_of(self, kernels: str, feature: int) -> BatchedLookup | None:
@@ -391,7 +377,7 @@ class LookupBundle(Constants):
         bags = self.resolved(bags) if known else bags
         parts = batched.pooled(bags, tables, step, sparse, lambda: self.resolved(bags))
         if batched.rest:
-            by_kernels = self._generated_by(kernels, tables, step, sparse)
+            by_kernels = GeneratedLookup(partial(self.batched_lookup_of, kernels), tables, step, sparse)
             parts += self._pooled(bags, None, batched.rest, gather, check=not known, by_kernels=by_kernels)
         return self._assemble(parts, batched.ordered, batched.order)
 
@@ -430,7 +416,7 @@ class LookupBundle(Constants):
                 picks.append(self._pick_one(self.parts[p][0], bags))
                 continue
             feature = self._feature_of(bags) if feature is None else feature
-            picks.append(self._pick(self.parts[p], feature))
+            picks.append(pick(self.parts[p], feature, len(self.schema)))
         values = [bags.values if at is None else bags.values[at] for at, _ in picks]
         for p, ids, (_, local) in zip(parts, values, picks, strict=True) if check else ():
             members = torch.tensor(self.parts[p], device=local.device)
@@ -438,12 +424,15 @@ class LookupBundle(Constants):
         weighted = [bags.weights if bags.weights is None or at is None else bags.weights[at] for at, _ in picks]
         ends = [F.pad(lengths[list(self.parts[p])].reshape(-1).cumsum(0), (1, 0)) for p in parts]
         # Ids to look up; of rows that are computed, the distinct ones. Vectors of those that kernels look up.
-        distinct = {p: distinct_ids(ids) for p, ids in zip(parts, values, strict=True) if p in self._generated}
+        distinct: dict[int, DistinctIds] = {}
         computed: dict[int, Tensor] = {}
         for p, ids in zip(parts, values, strict=True):
-            vectors = by_kernels(self.parts[p][0], ids) if p in distinct and by_kernels is not None else None
-            if vectors is not None:
-                computed[p] = vectors
+            if p in self._generated:
+                vectors = None if by_kernels is None else by_kernels(self.parts[p][0], ids)
+                if vectors is None:
+                    distinct[p] = distinct_ids(ids)
+                else:
+                    computed[p] = vectors
         asked = {
             p: (distinct[p].ids, local[: len(distinct[p].ids)]) if p in distinct else (ids, local)
             for p, ids, (_, local) in zip(parts, values, picks, strict=True)
@@ -460,15 +449,12 @@ class LookupBundle(Constants):
                 out.append(self.pooled_own(part[0], ids, offsets, weights))
                 continue
             mode, key = self.schema.features[part[0]].pooling, f"part{p}"
-            value, head = computed.get(p), self.heads.head(key)
-            if value is not None:
+            value, head = computed[p] if p in computed else columns[p], self.heads.head(key)
+            if p in computed:
                 head = None
-            elif head is None or not head.generates:
-                value = columns[p]
-            else:
-                value = distinct[p].scatter(self.heads.vectors_of_ids(key, columns[p], *asked[p]))
-                head = None
-            if head is not None and (head.pools == "ids" or (head.pools == "either" and mode == "max")):
+            elif p in distinct:
+                value, head = distinct[p].scatter(self.heads.vectors_of_ids(key, value, *asked[p])), None
+            elif head is not None and (head.pools == "ids" or (head.pools == "either" and mode == "max")):
                 # Maxima do not commute with the head, so it applies to every id.
                 value, head = self.heads.vectors_of_ids(key, value, ids, local), None
             skipped = absent_ids(ids) if self.unseen.zeros[part[0]] else None
@@ -495,18 +481,8 @@ class LookupBundle(Constants):
         """``bags`` after the policies for unseen ids."""
         return bags._replace(values=self.unseen(bags.values, self._feature_of(bags)))
 
-    def _pick(self, part: tuple[int, ...], feature: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Positions of a part's values (None for all of them) and each value's place among the part's features."""
-        if part == tuple(range(len(self.schema))):
-            return None, feature
-        place = torch.full((len(self.schema),), -1, device=feature.device)
-        place[list(part)] = torch.arange(len(part), device=feature.device)
-        local = place[feature]
-        at = (local >= 0).nonzero().squeeze(1)
-        return at, local[at]
-
     def _pick_one(self, feature: int, bags: Bags) -> tuple[slice, Tensor]:
-        """As :meth:`_pick`, of one feature, whose ids stand together."""
+        """As :func:`pick`, of one feature, whose ids stand together."""
         first, last = (int(bags.offsets[i * bags.batch]) for i in (feature, feature + 1))
         return slice(first, last), torch.zeros(last - first, dtype=torch.int64, device=bags.values.device)
 

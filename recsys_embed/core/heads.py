@@ -35,6 +35,8 @@ class Head(ABC):
         generates: the head computes rows that would otherwise be stored (a generator). Its work per id is large, so the
             ids of a batch are deduplicated before any row is read, and each distinct id is computed once. Needs
             ``pools = "ids"``.
+        shares_all: ids share all that is stored, in proportion to their frequencies. The planner then takes the rows
+            that the stored numbers would make for shared by all ids.
         keeps_zero: zero columns give zero vectors. If not, vectors of absent ids are set to zero after the head.
     """
 
@@ -43,6 +45,7 @@ class Head(ABC):
     keeps_zero: ClassVar[bool] = True
     reads_ids: ClassVar[bool] = False
     generates: ClassVar[bool] = False
+    shares_all: ClassVar[bool] = False
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -153,6 +156,7 @@ class Contraction(Head):
     pools = "ids"
     stacks = True
     generates = True
+    shares_all = True
 
     def _sizes(self) -> dict[str, int]:
         inputs = self.equation.partition("->")[0].split(",")
