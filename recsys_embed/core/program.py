@@ -201,6 +201,7 @@ class LookupProgram:
     Args:
         tables: stored tables.
         row_lookups: rows that each id reads; those of equal columns combine, those of disjoint columns concatenate.
+            None where a head computes vectors from the ids alone.
         combine: ``"sum"`` or ``"mul"`` of the row lookups that share columns, per id and before pooling.
         head: operation on the combined columns, see :class:`~recsys_embed.core.heads.Head`; None: identity.
         projection: deprecated name of ``head=Projection(...)``.
@@ -248,7 +249,7 @@ class LookupProgram:
     @property
     def combined_width(self) -> int:
         """Width before the head."""
-        return max(stop for _, stop in self.spans) + self.padding
+        return max((stop for _, stop in self.spans), default=0) + self.padding
 
     @property
     def width(self) -> int:
@@ -326,6 +327,8 @@ class LookupProgram:
                 faults.append(
                     f"table {t.name!r}: `inner` is for dense tables and holds {t.width} elements; got {t.inner}"
                 )
+        if not self.row_lookups and (self.head is None or not self.head.reads_ids):
+            faults.append("a program reads at least one row, unless its head reads the ids")
         if faults:
             return faults
         spans = sorted(set(self.spans))

@@ -137,7 +137,7 @@ class CompressedEmbedding(ModuleTables):
             self.kernel = VectorisedLookup([self.program], [places], optional=self.unseen.zeros)
         self._indexed = bool(self.kernel.index.arrays.held)
         self._native: SingleLookup | None = None
-        if supported(self.program):
+        if self.program.row_lookups and supported(self.program):
             self._native = SingleLookup(self.program, self.kernel.index, self.unseen.zeros[0])
             self._triton = LazyLookup.single(name, self.program, self.kernel.index, self.unseen.zeros[0])
         self._given = frozenset(shared.values if shared is not None else ())
@@ -166,6 +166,8 @@ class CompressedEmbedding(ModuleTables):
 
     def _columns(self, ids: Tensor) -> Tensor:
         """Combined rows of resolved int64 ``ids [n]``, before the program's head."""
+        if not self.program.row_lookups:
+            return self._like().new_empty(ids.shape[0], 0)
         out = self._native_lookup(ids)
         if out is None:
             (out,) = self.kernel([ids.unsqueeze(1)], None, self._gather)

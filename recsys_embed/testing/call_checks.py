@@ -71,6 +71,8 @@ def unseen_ids_follow_their_policy(method: MethodInfo) -> None:
     with refused(IndexError, str(ROWS), "'embedding'"):
         example(method, unseen="raise")(ids)
     plain = example(method)
+    # Products of matrices may differ in their last bits with the number of rows.
+    same = torch.equal if plain.program.head is None else torch.allclose
     hashed = example(method, unseen="hash")
     inside = {tuple(v) for v in hashed.materialize().tolist()}
     assert torch.equal(hashed(seen), plain(seen)), "seen ids must not feel the policy"
@@ -84,7 +86,7 @@ def unseen_ids_follow_their_policy(method: MethodInfo) -> None:
     rows = shared(unseen)
     assert (rows == rows[0]).all(), "all unseen ids must have one vector"
     assert shared.materialize().shape == (ROWS, shared.output_dim), "the id of unseen ones is not one of the table"
-    assert torch.equal(shared(seen), shared.materialize()[seen]), "seen ids keep their own vectors"
+    assert same(shared(seen), shared.materialize()[seen]), "seen ids keep their own vectors"
     rows.sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in shared.parameters()), "the shared vector must learn"
     held = {k: v for k, v in shared.state_dict().items() if not k.endswith("_extra_state")}
@@ -92,7 +94,7 @@ def unseen_ids_follow_their_policy(method: MethodInfo) -> None:
     nothing = example(method, unseen="zero")
     out = nothing(ids)
     assert not out[: len(unseen)].any(), "unseen ids must give zeros"
-    assert torch.equal(out[len(unseen) :], plain(seen)), "seen ids must not feel the policy"
+    assert same(out[len(unseen) :], plain(seen)), "seen ids must not feel the policy"
     out[: len(unseen)].sum().backward()
     for name, p in nothing.named_parameters():
         assert p.grad is None or not p.grad.any(), f"unseen ids reached the gradient of {name}"
