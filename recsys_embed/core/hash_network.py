@@ -93,5 +93,12 @@ class HashNetwork(Head):
             raise ValueError("a network of hashes needs the ids")
         return self.hidden(ids, tables) @ tables[-2] + tables[-1]
 
+    def keys(self, ids: Tensor) -> list[Tensor]:
+        return [ids]
+
+    def made(self, shapes: Shapes) -> tuple[int, int]:
+        # Each layer's product, its activation, and this one shifted and scaled.
+        return self.num_hashes, self.num_hashes + 3 * sum(shapes[bias][-1] for _, bias in self.layers[:-1])
+
     def describe(self) -> str:
         return "computed from hashes by a network"

@@ -77,6 +77,10 @@ class Head(ABC):
         """Integers ``[n]`` by which the head distinguishes ids that read the same rows."""
         return []
 
+    def made(self, shapes: Shapes) -> tuple[int, int]:
+        """Integers and floats per id that the head makes beside its columns and its output, for reports."""
+        return 0, 0
+
 
 def run_head(
     head: Head, columns: Tensor, tables: Sequence[Tensor], ids: Tensor | None = None, optional: bool = False

@@ -254,7 +254,7 @@ class LookupProgram:
     @property
     def width(self) -> int:
         """Width of one id's output."""
-        return self.combined_width if self.head is None else self.head.width(self.combined_width, self._head_shapes)
+        return self.combined_width if self.head is None else self.head.width(self.combined_width, self.head_shapes)
 
     @property
     def generates(self) -> bool:
@@ -262,13 +262,14 @@ class LookupProgram:
         return self.head is not None and self.head.generates
 
     @property
-    def _head_shapes(self) -> dict[str, tuple[int, ...]]:
+    def head_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the head's tables by name."""
         return {} if self.head is None else {name: self.table(name).shape for name in self.head.tables}
 
     @property
     def head_form(self) -> Hashable:
         """Key of the head: heads of equal keys, on columns of equal width, can run as one operation."""
-        return None if self.head is None else (self.head, *self._head_shapes.values())
+        return None if self.head is None else (self.head, *self.head_shapes.values())
 
     @property
     def of_one_id(self) -> LookupProgram:
@@ -346,7 +347,7 @@ class LookupProgram:
         if self.padding < 0 or (self.padding and self.head is not None):
             faults.append(f"`padding` must be >= 0, and 0 beside a projection or another head; got {self.padding}")
         if self.head is not None:
-            unfit = self.head.faults(self.combined_width, self._head_shapes)
+            unfit = self.head.faults(self.combined_width, self.head_shapes)
             if self.head.generates and self.head.pools != "ids":
                 unfit.append("a head that generates rows applies to ids, `pools = 'ids'`")
             if self.head.stacks and len(self.head.tables) > 1:

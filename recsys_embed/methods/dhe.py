@@ -33,7 +33,7 @@ class DheConfig(MethodConfig):
     paper has 1024 hashes and 5 hidden layers; fewer hashes leave more of a small budget to the layers.
 
     >>> DheConfig(hidden=64).footprint(FeatureSpec("C1", 1_000_000, 16)).serve
-    54336
+    53824
     """
 
     method: ClassVar[str] = "dhe"
@@ -90,7 +90,7 @@ class DheEmbedding(CompressedEmbedding):
 
     >>> emb = DheEmbedding(1_000_000, 16, hidden=64)
     >>> emb(torch.tensor([1, 2**40])).shape, emb.footprint().serve
-    (torch.Size([2, 16]), 54336)
+    (torch.Size([2, 16]), 53824)
     """
 
     config_cls = DheConfig
