@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -290,8 +291,10 @@ def test_hashing_methods_take_any_int64(name: str, ids: list[int]) -> None:
     out = module(torch.tensor(ids + ids))
     assert torch.isfinite(out).all()
     assert torch.equal(out[: len(ids)], out[len(ids) :])
+    # The last bits of torch's products depend on the number of rows.
+    same = torch.equal if module.program.row_lookups else partial(torch.allclose, atol=1e-6)
     for i, value in enumerate(ids):
-        assert torch.equal(module(torch.tensor(value)), out[i]), "a vector does not depend on its neighbours"
+        assert same(module(torch.tensor(value)), out[i]), "a vector does not depend on its neighbours"
 
 
 @pytest.mark.crossed

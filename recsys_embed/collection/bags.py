@@ -129,3 +129,20 @@ def _to_bags(schema: Schema, ids: Ids, offsets: Tensor | None, weights: Tensor |
     lengths = torch.cat([o.diff() for _, o in parts])
     starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     return Bags(torch.cat([v for v, _ in parts]).long(), starts, None, batches[schema.names[0]])
+
+
+def pick(part: tuple[int, ...], feature: Tensor, count: int) -> tuple[Tensor | None, Tensor]:
+    """Positions of the ids of some features, None for all of them, and each one's place among these features.
+
+    Args:
+        part: positions of the features in the schema.
+        feature: of each id, int64 ``[n]``.
+        count: features of the schema.
+    """
+    if part == tuple(range(count)):
+        return None, feature
+    place = torch.full((count,), -1, device=feature.device)
+    place[list(part)] = torch.arange(len(part), device=feature.device)
+    local = place[feature]
+    at = (local >= 0).nonzero().squeeze(1)
+    return at, local[at]

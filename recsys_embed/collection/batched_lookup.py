@@ -128,7 +128,11 @@ class BatchedLookup:
         parts: positions of the features of each output.
         order: name of the constant that says where outputs, and then the rest, stand in the whole output.
         ordered: they stand there already.
+        mixed: torch reads tables in the same forward, or another call the same rows, so that gradients are collected
+            into one step.
     """
+
+    mixed = False
 
     def __init__(self, features: BatchedFeatures, rest: Sequence[int], name: str) -> None:
         self.rest, self.order, self.ordered = list(rest), f"order_{name}", False
@@ -172,7 +176,8 @@ class BatchedLookup:
             [limits[i] for i in features.positions],
             [self._unseen.zeros[i] for i in features.positions],
         )
-        self._build(features.names, arguments)
+        if self.parts:
+            self._build(features.names, arguments)
 
     _takes_masks = True
 
@@ -200,6 +205,8 @@ class BatchedLookup:
         Raises:
             IdRangeError: names the first feature at fault.
         """
+        if not self.parts:
+            return []
         ids = ids if resolved else self._resolved(ids)
         return self._apply_heads(self._outputs(ids, tables, step, sparse, mask), ids)
 
@@ -220,6 +227,8 @@ class BatchedLookup:
         Args:
             check: called where an id is out of range, to name the feature.
         """
+        if not self.parts:
+            return []
         weights = None if bags.weights is None else bags.weights.contiguous()
         ids = Ids(bags.values.contiguous(), bags.offsets.contiguous(), weights, bags.batch)
         if torch.compiler.is_compiling():

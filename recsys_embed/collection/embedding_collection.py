@@ -344,14 +344,15 @@ class EmbeddingCollection(FusedTables):
         if found is None or batched is None:
             out = bundle.unpooled(number, flat.long(), gather)
         else:
-            out = bundle.unpooled_batched(batched, flat, found[1], step, self.sparse)
+            out = bundle.unpooled_batched(number, batched, flat, found[1], step, self.sparse)
         return out.view(*given.shape, out.shape[1])
 
     def _step_of(self, batched: BatchedLookup | None, stepping: bool) -> tuple[NativeStep | None, Gather]:
         """What kernels, and the torch operations beside them, do in backward: one step together."""
         if not stepping:
             return None, self._gather
-        mixed = batched is not None and bool(batched.rest)
+        # A step that several calls make is refused before any of them has written, so its gradients are collected.
+        mixed = batched is not None and (batched.mixed or (self.check_finite and bool(batched.rest)))
         record = self._record(deferred=mixed)
         gather = partial(self._gather, record=record, stepping=True)
         return None if batched is None else self._native_step(record, collects=mixed), gather

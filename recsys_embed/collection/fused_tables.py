@@ -320,13 +320,15 @@ class FusedTables(TablesOfAnOptimizer):
         self._check_owned(tables, self.storages, grads[0])
         self._check_finite(grads)
         trained = [name for name, t in zip(self.storages, tables, strict=True) if t.requires_grad]
-        if self._backward_steps.collects(record, trained):
+        # Of the calls of one lookup, which read different rows, the first one counts the step.
+        counts = not record.stepped
+        if self._backward_steps.collects(record, [f"{id(lookup)}: {name}" for name in trained]):
             wanted = [t.requires_grad for t in tables]
             found = lookup.gradients(ids, tables, grads, kept, "rows", wanted)
             self._backward_steps.collect(dict(zip(self.storages, found, strict=True)))
         else:
             states = list(self._all_states().values())
-            self._step_native(lookup, ids, tables, states, grads, kept, trained)
+            self._step_native(lookup, ids, tables, states, grads, kept, trained, counts)
 
     def _step_native(
         self,
@@ -337,16 +339,18 @@ class FusedTables(TablesOfAnOptimizer):
         grads: Sequence[Tensor],
         kept: Tensor | None,
         trained: Sequence[str],
+        counts: bool = True,
     ) -> None:
+        """Step the rows that a lookup read; ``counts``: as a new step, or as a part of the last one."""
         if self.optimizer is None:
             return
         with self._lock:
             self._refuse_writes()
-            for name in trained:
+            for name in trained if counts else ():
                 self._step_logs[name].advance(self.optimizer, self._rate)
             frozen = [i for i, name in enumerate(self.storages) if name not in trained]
             logs, by_storage = self._all_step_logs, self._by_storage(states)
-            with self._step_or_none(trained):
+            with self._step_or_none(trained if counts else ()):
                 lookup.update(ids, tables, grads, kept, self.optimizer, by_storage, logs, frozen)
             self._note_writes()
 

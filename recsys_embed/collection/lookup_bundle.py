@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_embed.collection.bags import Bags
+from recsys_embed.collection.bags import Bags, pick
 from recsys_embed.collection.batched_lookup import BATCHED_LOOKUPS, BatchedFeatures, BatchedLookup
+from recsys_embed.collection.first_readers import by_first_reader
+from recsys_embed.collection.generated_rows import GeneratedLookup
 from recsys_embed.collection.head_tables import HeadTables, TensorOptions
-from recsys_embed.collection.torch_features import features_for_torch
+from recsys_embed.collection.torch_features import features_for_torch, readers_of_shared_places
 from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
-from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
-from recsys_embed.features import Schema
+from recsys_embed.errors import UnknownNameError, raise_faults, unknown_name
+from recsys_embed.features import FeatureSpec, Schema
 from recsys_embed.kernels.constants import Constants
+from recsys_embed.kernels.distinct_ids import DistinctIds, distinct_ids
 from recsys_embed.kernels.id_checks import given_ids
 from recsys_embed.kernels.indexes import first_of_equals
 from recsys_embed.kernels.native.autograd import NativeStep
@@ -90,7 +94,7 @@ class LookupBundle(Constants):
         lacking = features_for_torch(specs, programs, where, bags=False) if kernels else set()
         unpooled = features_for_torch(specs, programs, where, bags=True) if kernels else set()
         keys = [
-            (s.pooling, j in lacking, j in unpooled, None if p.head is None or p.head.stacks else j)
+            (s.pooling, j in lacking, j in unpooled, j if p.generates or (p.head and not p.head.stacks) else None)
             for j, (s, p) in enumerate(zip(specs, programs, strict=True))
         ]
         with torch.device(like.device):
@@ -105,6 +109,9 @@ class LookupBundle(Constants):
         self.parts = [tuple(gathers[j] for j in g.features) for g in self.kernel.groups]
         self.grouped = len(self.parts)
         place = {i: j for j, i in enumerate(gathers)}
+        # Features whose rows are computed, each a part of its own, which is looked up by the distinct ids of a batch.
+        generated = {j for j, program in enumerate(programs) if program.generates}
+        self._generated = frozenset(p for p, part in enumerate(self.parts) if place.get(part[0]) in generated)
         self.parts += [(i,) for i in range(len(schema)) if i not in place]
         self.projections = nn.ParameterDict()
         self.heads = HeadTables(schema, self.programs, zeros, self.projections, self.own, _own, options)
@@ -128,22 +135,51 @@ class LookupBundle(Constants):
         self._places = {i: p for p, part in enumerate(self.parts[: self.grouped]) for i in part}
         for i in gathers:
             self.heads.add(f"unpooled{i}_0", (i,))
-        for left, found, end in ((lacking, self.batched, ""), (unpooled, self.batched_bags, "_bags")):
-            run = [j for j in range(len(specs)) if j not in left]
-            rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or place[part[0]] in left]
-            for name in kernels if run else ():
+        self._add_batched(kernels, specs, where, gathers, (lacking, unpooled), storages, like.device)
+
+    def _add_batched(
+        self,
+        kernels: Sequence[str],
+        specs: Sequence[FeatureSpec],
+        where: Sequence[Mapping[str, Place]],
+        gathers: Sequence[int],
+        left_to_torch: tuple[set[int], set[int]],
+        storages: Mapping[str, tuple[int, int]],
+        device: torch.device,
+    ) -> None:
+        """Make the lookups that kernels run: of all features but those left to torch, for single ids and for bags.
+
+        Args:
+            specs, where: of the features whose rows are gathered.
+            gathers: their positions in the schema.
+        """
+        place = {i: j for j, i in enumerate(gathers)}
+        programs = list(self.programs.values())
+        generated = {j for j, program in enumerate(programs) if program.generates}
+        shares = not generated.isdisjoint(readers_of_shared_places(where))
+
+        def features_of(run: Sequence[int]) -> BatchedFeatures:
+            positions = [gathers[j] for j in run]
+            return BatchedFeatures(
+                self.schema, run, positions, positions, [programs[j] for j in run], [where[j] for j in run],
+                self.kernel.index, storages, self.unseen, self.heads, self.vectors, self.output_dim,
+            )  # fmt: skip
+
+        for left, found, end in zip(left_to_torch, (self.batched, self.batched_bags), ("", "_bags"), strict=True):
+            known = [j for j in range(len(specs)) if j not in left]
+            run = [j for j in known if j not in generated]
+            rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or place[part[0]] not in run]
+            for name in kernels if known else ():
+                if not end:
+                    self._makers[name] = features_of(known)
                 if end and rest == (self.batched[name].rest if name in self.batched else None):
                     found[name] = self.batched[name]
                     continue
-                positions = [gathers[j] for j in run]
-                features = BatchedFeatures(
-                    schema, run, positions, positions, [programs[j] for j in run], [where[j] for j in run],
-                    self.kernel.index, storages, self.unseen, self.heads, self.vectors, self.output_dim,
-                )  # fmt: skip
-                if not end:
-                    self._makers[name] = features
-                found[name] = BATCHED_LOOKUPS[name](features, rest, f"{name}{end}")
-                found[name].ordered = self._add_order(found[name].order, self._batched_parts(found[name]), like.device)
+                found[name] = BATCHED_LOOKUPS[name](features_of(run), rest, f"{name}{end}")
+                found[name].ordered = self._add_order(found[name].order, self._batched_parts(found[name]), device)
+                # Rows that only one call reads can be stepped by it; those that torch reads beside it are collected.
+                by_torch = [p for p in rest if p not in self._generated or place[self.parts[p][0]] in left]
+                found[name].mixed = shares or bool(by_torch)
 
     def _batched_parts(self, batched: BatchedLookup) -> list[tuple[int, ...]]:
         return [*batched.parts, *(self.parts[p] for p in batched.rest)]
@@ -173,32 +209,13 @@ class LookupBundle(Constants):
         unknown = [str(unknown_name("feature", name, known)) for name in counts if name not in known]
         raise_faults(unknown, "assign_", UnknownNameError)
         place = {name: number for number, name in enumerate(self.programs)}
-        for name, values in self._by_first_reader(counts).items():
+        for name, values in by_first_reader(self.schema, counts).items():
             if name in self.programs:
                 sets = isinstance(values, Mapping)
                 stored = values if sets else with_unseen(self.schema[name], cast("Tensor", values))
                 self.kernel.index.assign_(place[name], stored)
             else:
                 self._module(name).assign_(values)
-
-    def _by_first_reader(
-        self, counts: Mapping[str, Tensor | Mapping[str, Tensor]]
-    ) -> dict[str, Tensor | Mapping[str, Tensor]]:
-        """What is given for features of one table as one value: counts are summed, sets of ids have to be equal."""
-        found: dict[str, Tensor | Mapping[str, Tensor]] = {}
-        for name, value in counts.items():
-            first = self.schema.by_table[self.schema[name].table_name][0].name
-            known = found.get(first)
-            if known is None:
-                found[first] = value
-            elif isinstance(known, Mapping) or isinstance(value, Mapping):
-                raise ConfigError(
-                    f"assign_ takes the ids of an index once for all features of a table; got them for {name!r} as "
-                    f"well as for another feature of table {self.schema[name].table_name!r}"
-                )
-            else:
-                found[first] = torch.as_tensor(known) + torch.as_tensor(value)
-        return found
 
     def reset_own(self, seed: int) -> None:
         """Draw the initial weights of the modules that run themselves."""
@@ -234,21 +251,38 @@ class LookupBundle(Constants):
         out = self._singles(self.unseen(ids), range(len(self.parts)), gather)
         return self._assemble(out, self.ordered, "order")
 
-    def _singles(self, ids: Tensor, parts: Sequence[int], gather: Gather) -> list[Tensor]:
-        """Vectors ``[B, columns]`` of some parts, of resolved ids."""
-        columns = [
-            ids if len(self.parts[p]) == ids.shape[1] and self.ordered else ids[:, list(self.parts[p])] for p in parts
-        ]
-        groups = [p for p in parts if p < self.grouped]
-        out = []
-        if groups:
-            for g, value, column in zip(groups, self.kernel(columns[: len(groups)], None, gather, groups), columns,
-                                        strict=False):  # fmt: skip
-                headed = self.heads.head(f"part{g}") is not None
-                out.append((self.heads.vectors(f"part{g}", value, column) if headed else value).flatten(1))
-        for p, column in zip(parts[len(groups) :], columns[len(groups) :], strict=True):
-            out.append(self.vectors_of(self.parts[p][0], column[:, 0]).flatten(1))
-        return out
+    def _singles(
+        self, ids: Tensor, parts: Sequence[int], gather: Gather, by_kernels: GeneratedLookup | None = None
+    ) -> list[Tensor]:
+        """Vectors ``[B, columns]`` of some parts, of resolved ids.
+
+        Args:
+            by_kernels: of features whose rows are computed.
+        """
+        out: dict[int, Tensor] = {}
+        distinct: dict[int, DistinctIds] = {}
+        asked: dict[int, Tensor] = {}
+        for p in parts:
+            part = self.parts[p]
+            asked[p] = ids if len(part) == ids.shape[1] and self.ordered else ids[:, list(part)]
+            if p not in self._generated:
+                continue
+            vectors = None if by_kernels is None else by_kernels(part[0], asked[p][:, 0])
+            if vectors is not None:
+                out[p] = vectors
+                continue
+            distinct[p] = distinct_ids(asked[p][:, 0])
+            asked[p] = distinct[p].ids.unsqueeze(1)
+        groups = [p for p in parts if p < self.grouped and p not in out]
+        found = self.kernel([asked[p] for p in groups], None, gather, groups) if groups else []
+        for p, value in zip(groups, found, strict=True):
+            headed = self.heads.head(f"part{p}") is not None
+            value = (self.heads.vectors(f"part{p}", value, asked[p]) if headed else value).flatten(1)
+            out[p] = distinct[p].scatter(value) if p in distinct else value
+        for p in parts:
+            if p >= self.grouped:
+                out[p] = self.vectors_of(self.parts[p][0], asked[p][:, 0]).flatten(1)
+        return [out[p] for p in parts]
 
     def single_batched(
         self,
@@ -273,7 +307,12 @@ class LookupBundle(Constants):
         else:
             ids = self.unseen(ids.long())
             parts = batched.single(ids, tables, step, sparse, mask, resolved=True)
-            parts += self._singles(ids, batched.rest, gather)
+            parts += self._singles(
+                ids,
+                batched.rest,
+                gather,
+                GeneratedLookup(partial(self.batched_lookup_of, kernels), tables, step, sparse),
+            )
         return self._assemble(parts, batched.ordered, batched.order)
 
     def unpooled(self, feature: int, ids: Tensor, gather: Gather) -> Tensor:
@@ -283,16 +322,26 @@ class LookupBundle(Constants):
         if group is None:
             return self.vectors_of(feature, ids).flatten(1)
         part, key = self.parts[group], f"unpooled{feature}_0"
-        local = torch.full_like(ids, part.index(feature))
-        (columns,) = self.kernel([ids], [local], gather, [group])
+        found = distinct_ids(ids) if group in self._generated else DistinctIds(ids, None)
+        local = torch.full_like(found.ids, part.index(feature))
+        (columns,) = self.kernel([found.ids], [local], gather, [group])
         if self.heads.head(key) is None:
             return columns
-        return self.heads.vectors(key, columns.unsqueeze(1), ids.unsqueeze(1)).flatten(1)
+        return found.scatter(self.heads.vectors(key, columns.unsqueeze(1), found.ids.unsqueeze(1)).flatten(1))
 
     def unpooled_batched(
-        self, batched: BatchedLookup, ids: Tensor, tables: list[Tensor], step: NativeStep | None, sparse: bool
+        self,
+        feature: int,
+        batched: BatchedLookup,
+        ids: Tensor,
+        tables: list[Tensor],
+        step: NativeStep | None,
+        sparse: bool,
     ) -> Tensor:
         """As :meth:`unpooled`, by :meth:`batched_lookup_of` the feature."""
+        if self._places[feature] in self._generated:
+            look_up = GeneratedLookup(lambda _: batched, tables, step, sparse)
+            return cast("Tensor", look_up(feature, self.unseen(ids.long(), feature)))
         return batched.single(ids.unsqueeze(1), tables, step, sparse)[0].flatten(1)
 
     def batched_lookup_of(self, kernels: str, feature: int) -> BatchedLookup | None:
@@ -328,7 +377,8 @@ class LookupBundle(Constants):
         bags = self.resolved(bags) if known else bags
         parts = batched.pooled(bags, tables, step, sparse, lambda: self.resolved(bags))
         if batched.rest:
-            parts += self._pooled(bags, None, batched.rest, gather, check=not known)
+            by_kernels = GeneratedLookup(partial(self.batched_lookup_of, kernels), tables, step, sparse)
+            parts += self._pooled(bags, None, batched.rest, gather, check=not known, by_kernels=by_kernels)
         return self._assemble(parts, batched.ordered, batched.order)
 
     def vectors_of(self, feature: int, ids: Tensor) -> Tensor:
@@ -343,13 +393,20 @@ class LookupBundle(Constants):
         return self._assemble(out, self.ordered, "order")
 
     def _pooled(
-        self, bags: Bags, feature: Tensor | None, parts: Sequence[int], gather: Gather, check: bool = False
+        self,
+        bags: Bags,
+        feature: Tensor | None,
+        parts: Sequence[int],
+        gather: Gather,
+        check: bool = False,
+        by_kernels: GeneratedLookup | None = None,
     ) -> list[Tensor]:
         """Pooled vectors ``[B, columns]`` of some parts, of resolved bags.
 
         Args:
             feature: of each id, where it is known already.
             check: the ids may be out of range.
+            by_kernels: of features whose rows are computed.
         """
         batch, lengths = bags.batch, bags.lengths.view(len(self.schema), bags.batch)
         picks: list[tuple[Tensor | slice | None, Tensor]] = []
@@ -359,18 +416,32 @@ class LookupBundle(Constants):
                 picks.append(self._pick_one(self.parts[p][0], bags))
                 continue
             feature = self._feature_of(bags) if feature is None else feature
-            picks.append(self._pick(self.parts[p], feature))
+            picks.append(pick(self.parts[p], feature, len(self.schema)))
         values = [bags.values if at is None else bags.values[at] for at, _ in picks]
         for p, ids, (_, local) in zip(parts, values, picks, strict=True) if check else ():
             members = torch.tensor(self.parts[p], device=local.device)
             self.unseen.check(ids, members[local])
-        groups = [p for p in parts if p < self.grouped]
         weighted = [bags.weights if bags.weights is None or at is None else bags.weights[at] for at, _ in picks]
         ends = [F.pad(lengths[list(self.parts[p])].reshape(-1).cumsum(0), (1, 0)) for p in parts]
-        vectors = []
-        if groups:
-            locals_ = [local for _, local in picks[: len(groups)]]
-            vectors = self.kernel(values[: len(groups)], locals_, gather, groups)
+        # Ids to look up; of rows that are computed, the distinct ones. Vectors of those that kernels look up.
+        distinct: dict[int, DistinctIds] = {}
+        computed: dict[int, Tensor] = {}
+        for p, ids in zip(parts, values, strict=True):
+            if p in self._generated:
+                vectors = None if by_kernels is None else by_kernels(self.parts[p][0], ids)
+                if vectors is None:
+                    distinct[p] = distinct_ids(ids)
+                else:
+                    computed[p] = vectors
+        asked = {
+            p: (distinct[p].ids, local[: len(distinct[p].ids)]) if p in distinct else (ids, local)
+            for p, ids, (_, local) in zip(parts, values, picks, strict=True)
+            if p < self.grouped and p not in computed
+        }
+        columns: dict[int, Tensor] = {}
+        if asked:
+            rows, locals_ = zip(*asked.values(), strict=True)
+            columns = dict(zip(asked, self.kernel(rows, locals_, gather, list(asked)), strict=True))
         out = []
         for at, p in enumerate(parts):
             part, (_, local), weights, offsets, ids = self.parts[p], picks[at], weighted[at], ends[at], values[at]
@@ -378,8 +449,12 @@ class LookupBundle(Constants):
                 out.append(self.pooled_own(part[0], ids, offsets, weights))
                 continue
             mode, key = self.schema.features[part[0]].pooling, f"part{p}"
-            value, head = vectors[at], self.heads.head(key)
-            if head is not None and (head.pools == "ids" or (head.pools == "either" and mode == "max")):
+            value, head = computed[p] if p in computed else columns[p], self.heads.head(key)
+            if p in computed:
+                head = None
+            elif p in distinct:
+                value, head = distinct[p].scatter(self.heads.vectors_of_ids(key, value, *asked[p])), None
+            elif head is not None and (head.pools == "ids" or (head.pools == "either" and mode == "max")):
                 # Maxima do not commute with the head, so it applies to every id.
                 value, head = self.heads.vectors_of_ids(key, value, ids, local), None
             skipped = absent_ids(ids) if self.unseen.zeros[part[0]] else None
@@ -406,18 +481,8 @@ class LookupBundle(Constants):
         """``bags`` after the policies for unseen ids."""
         return bags._replace(values=self.unseen(bags.values, self._feature_of(bags)))
 
-    def _pick(self, part: tuple[int, ...], feature: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Positions of a part's values (None for all of them) and each value's place among the part's features."""
-        if part == tuple(range(len(self.schema))):
-            return None, feature
-        place = torch.full((len(self.schema),), -1, device=feature.device)
-        place[list(part)] = torch.arange(len(part), device=feature.device)
-        local = place[feature]
-        at = (local >= 0).nonzero().squeeze(1)
-        return at, local[at]
-
     def _pick_one(self, feature: int, bags: Bags) -> tuple[slice, Tensor]:
-        """As :meth:`_pick`, of one feature, whose ids stand together."""
+        """As :func:`pick`, of one feature, whose ids stand together."""
         first, last = (int(bags.offsets[i * bags.batch]) for i in (feature, feature + 1))
         return slice(first, last), torch.zeros(last - first, dtype=torch.int64, device=bags.values.device)
 

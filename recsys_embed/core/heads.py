@@ -32,6 +32,11 @@ class Head(ABC):
         stacks: :meth:`apply` takes columns ``[B, features, columns]`` of several features of one form at once, and
             its table, if it has one, as ``[features, *shape]``.
         reads_ids: :meth:`apply` needs the ids, not only their columns.
+        generates: the head computes rows that would otherwise be stored (a generator). Its work per id is large, so the
+            ids of a batch are deduplicated before any row is read, and each distinct id is computed once. Needs
+            ``pools = "ids"``.
+        shares_all: ids share all that is stored, in proportion to their frequencies. The planner then takes the rows
+            that the stored numbers would make for shared by all ids.
         keeps_zero: zero columns give zero vectors. If not, vectors of absent ids are set to zero after the head.
     """
 
@@ -39,6 +44,8 @@ class Head(ABC):
     stacks: ClassVar[bool] = False
     keeps_zero: ClassVar[bool] = True
     reads_ids: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
+    shares_all: ClassVar[bool] = False
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -69,6 +76,10 @@ class Head(ABC):
     def keys(self, ids: Tensor) -> list[Tensor]:
         """Integers ``[n]`` by which the head distinguishes ids that read the same rows."""
         return []
+
+    def made(self, shapes: Shapes) -> tuple[int, int]:
+        """Integers and floats per id that the head makes beside its columns and its output, for reports."""
+        return 0, 0
 
 
 def run_head(
@@ -148,6 +159,8 @@ class Contraction(Head):
 
     pools = "ids"
     stacks = True
+    generates = True
+    shares_all = True
 
     def _sizes(self) -> dict[str, int]:
         inputs = self.equation.partition("->")[0].split(",")
@@ -229,6 +242,7 @@ class PerClassNetwork(Head):
     pools = "ids"
     keeps_zero = False
     reads_ids = True
+    generates = True
 
     @property
     def tables(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Lookup programs: a method as data, i.e. which tables it stores and how an id becomes a vector.
 
-ids -> transform indices -> gather rows -> combine per id -> head -> pool over the bag (done by the caller).
+ids -> transform indices -> gather rows -> combine per id -> head -> pool over the bag (done by the caller). With a head
+that generates rows, all of this but the pooling runs once per distinct id of a batch.
 The transforms are in :mod:`recsys_embed.core.transforms`.
 """
 
@@ -202,6 +203,7 @@ class LookupProgram:
     Args:
         tables: stored tables.
         row_lookups: rows that each id reads; those of equal columns combine, those of disjoint columns concatenate.
+            None where a head computes vectors from the ids alone.
         combine: ``"sum"`` or ``"mul"`` of the row lookups that share columns, per id and before pooling.
         head: operation on the combined columns, see :class:`~recsys_embed.core.heads.Head`; None: identity.
         projection: deprecated name of ``head=Projection(...)``.
@@ -249,15 +251,21 @@ class LookupProgram:
     @property
     def combined_width(self) -> int:
         """Width before the head."""
-        return max(stop for _, stop in self.spans) + self.padding
+        return max((stop for _, stop in self.spans), default=0) + self.padding
 
     @property
     def width(self) -> int:
         """Width of one id's output."""
-        return self.combined_width if self.head is None else self.head.width(self.combined_width, self._head_shapes)
+        return self.combined_width if self.head is None else self.head.width(self.combined_width, self.head_shapes)
 
     @property
-    def _head_shapes(self) -> dict[str, tuple[int, ...]]:
+    def generates(self) -> bool:
+        """Whether rows are computed, once for each distinct id of a batch: :attr:`Head.generates`."""
+        return self.head is not None and self.head.generates
+
+    @property
+    def head_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the head's tables by name."""
         return {} if self.head is None else {name: self.table(name).shape for name in self.head.tables}
 
     @property
@@ -265,7 +273,7 @@ class LookupProgram:
         """Key of the head: heads of equal keys, on columns of equal width, can run as one operation."""
         if self.head is None:
             return None
-        return (self.head, *((shape, self.table(name).precision) for name, shape in self._head_shapes.items()))
+        return (self.head, *((shape, self.table(name).precision) for name, shape in self.head_shapes.items()))
 
     @property
     def of_one_id(self) -> LookupProgram:
@@ -327,6 +335,8 @@ class LookupProgram:
                 faults.append(
                     f"table {t.name!r}: `inner` is for dense tables and holds {t.width} elements; got {t.inner}"
                 )
+        if not self.row_lookups and (self.head is None or not self.head.reads_ids):
+            faults.append("a program reads at least one row, unless its head reads the ids")
         if faults:
             return faults
         spans = sorted(set(self.spans))
@@ -344,7 +354,9 @@ class LookupProgram:
         if self.padding < 0 or (self.padding and self.head is not None):
             faults.append(f"`padding` must be >= 0, and 0 beside a projection or another head; got {self.padding}")
         if self.head is not None:
-            unfit = self.head.faults(self.combined_width, self._head_shapes)
+            unfit = self.head.faults(self.combined_width, self.head_shapes)
+            if self.head.generates and self.head.pools != "ids":
+                unfit.append("a head that generates rows applies to ids, `pools = 'ids'`")
             if self.head.stacks and len(self.head.tables) > 1:
                 unfit.append("a head that stacks multiplies by one table at most")
             if unfit:

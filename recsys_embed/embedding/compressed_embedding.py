@@ -19,6 +19,7 @@ from recsys_embed.embedding.shared_tables import SharedTables
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec, Unseen
 from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
+from recsys_embed.kernels.distinct_ids import DistinctIds, distinct_ids
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
 from recsys_embed.kernels.native.autograd import SingleLookup
 from recsys_embed.kernels.native.lookup import reads, runs_on
@@ -136,7 +137,7 @@ class CompressedEmbedding(ModuleTables):
             self.kernel = VectorisedLookup([self.program], [places], optional=self.unseen.zeros)
         self._indexed = bool(self.kernel.index.arrays.held)
         self._native: SingleLookup | None = None
-        if supported(self.program):
+        if self.program.row_lookups and supported(self.program):
             self._native = SingleLookup(self.program, self.kernel.index, self.unseen.zeros[0])
             self._triton = LazyLookup.single(name, self.program, self.kernel.index, self.unseen.zeros[0])
         self._given = frozenset(shared.values if shared is not None else ())
@@ -156,13 +157,17 @@ class CompressedEmbedding(ModuleTables):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Vectors of resolved int64 ``ids [n]``: ``[n, output width]``; padding is the caller's business."""
-        columns, head = self._columns(ids), self.program.head
+        head = self.program.head
         if head is None:
-            return columns
-        return run_head(head, columns, [self.table(n) for n in head.tables], ids, self._policy.zeros[0])
+            return self._columns(ids)
+        found = distinct_ids(ids) if head.generates else DistinctIds(ids, None)
+        tables = [self.table(n) for n in head.tables]
+        return found.scatter(run_head(head, self._columns(found.ids), tables, found.ids, self._policy.zeros[0]))
 
     def _columns(self, ids: Tensor) -> Tensor:
         """Combined rows of resolved int64 ``ids [n]``, before the program's head."""
+        if not self.program.row_lookups:
+            return self._like().new_empty(ids.shape[0], 0)
         out = self._native_lookup(ids)
         if out is None:
             (out,) = self.kernel([ids.unsqueeze(1)], None, self._gather)

@@ -103,7 +103,10 @@ def lookup(
     places = {name: Place(name, 0) for name in tables}
     store = IndexStore([program.indexes]) if indexes is None else indexes
     found = Indexes(store.places(0), store.arrays)
-    out = combine(program, places, ids, lambda table, rows, _: tables[table][rows.clamp_min(0)], found)
+    if program.row_lookups:
+        out = combine(program, places, ids, lambda table, rows, _: tables[table][rows.clamp_min(0)], found)
+    else:
+        out = next(iter(tables.values())).new_empty(len(ids), 0)
     return out if program.head is None else program.head.apply(out, [tables[n] for n in program.head.tables], ids)
 
 

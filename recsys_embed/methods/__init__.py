@@ -2,6 +2,7 @@
 
 from recsys_embed.methods.adaptive import AdaptiveEmbedding
 from recsys_embed.methods.compositional import CompositionalEmbedding
+from recsys_embed.methods.dhe import DheEmbedding
 from recsys_embed.methods.dnis import DnisEmbedding
 from recsys_embed.methods.freqcut import FreqcutEmbedding
 from recsys_embed.methods.full import FullEmbedding
@@ -13,6 +14,7 @@ from recsys_embed.methods.multihash import MultihashEmbedding
 from recsys_embed.methods.optembed import OptembedEmbedding
 from recsys_embed.methods.pep import PepEmbedding
 from recsys_embed.methods.robe import RobeEmbedding
+from recsys_embed.methods.tt import TtEmbedding
 from recsys_embed.methods.unified import UnifiedEmbedding
 from recsys_embed.registry import register
 
@@ -24,6 +26,8 @@ register(UnifiedEmbedding, paper="Coleman et al., NeurIPS 2023, arXiv 2305.12102
 register(CompositionalEmbedding, paper="Shi et al., KDD 2020, arXiv 1909.02107", tags=("partition",))
 register(MemcomEmbedding, paper="Pansare et al., MLSys 2022, arXiv 2203.10135", tags=("hashing", "per-id"))
 register(RobeEmbedding, paper="Desai et al., MLSys 2022, arXiv 2108.02191", tags=("hashing", "shared"))
+register(TtEmbedding, paper="Yin et al., MLSys 2021, arXiv 2101.11714", tags=("factorisation", "computed"))
+register(DheEmbedding, paper="Kang et al., KDD 2021, arXiv 2010.10784", tags=("hashing", "computed"))
 register(MixeddimEmbedding, paper="Ginart et al. 2019, arXiv 1909.11810", tags=("frequency", "projection"))
 register(AdaptiveEmbedding, paper="AdaptEmb, as in DeepRec", tags=("hashing", "frequency"))
 register(FreqcutEmbedding, paper="a smaller vocabulary with one row for the rest", tags=("baseline", "frequency"))

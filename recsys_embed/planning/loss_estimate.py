@@ -24,6 +24,9 @@ pieces side by side.
 full width: the first columns carry most. Chunks side by side each take their share away from what the others left, so
 an id keeps most of its signal as long as one of its chunks is its own. A learned scalar per id is a chunk of width 1.
 
+**Rows that are computed.** Where ids share all that is stored (:attr:`recsys_embed.core.heads.Head.shares_all`: cores
+of a tensor train, a network), they are rated as sums of rows shared at random, as many as the stored numbers make.
+
 **Rounding.** Rows served at fewer bits keep a part of what they carry (:mod:`recsys_embed.planning.rounding`).
 
 **Features without a network.** Where no network reads a vector beside many others
@@ -162,6 +165,10 @@ def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
     """The column spans of a program's output, each with the ids that share its rows."""
     program = program.of_one_id
     tables = {t.name: t for t in program.tables}
+    if program.head is not None and program.head.shares_all:
+        rows = sum(t.elements for t in program.tables) / program.width
+        rounded = min(signal_kept(t) for t in program.tables)
+        return [ColumnSpan(terms.zeros, terms.ones, rows, program.width, SUM_POWER, None, rounded=rounded)]
     groups: dict[tuple[int, int], list[tuple[str, ColumnSpan]]] = {}
     found: list[ColumnSpan] = []
     power = MUL_POWER if program.combine == "mul" else SUM_POWER

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 
-from recsys_embed.collection.bags import Bags
+from recsys_embed.collection.bags import Bags, pick
 from recsys_embed.collection.lookup_bundle import LookupBundle
 from recsys_embed.features import Schema
 from recsys_embed.kernels.places import Place
@@ -80,7 +80,7 @@ class PooledFeatures(nn.Module):
         ids = bundle.unseen(bags.values, feature)
         values, sizes, weights = [], [], []
         for part, group in zip(bundle.parts, self._groups, strict=True):
-            at, local = bundle._pick(part, feature)
+            at, local = pick(part, feature, count)
             mine = lengths[list(part)].reshape(-1)
             given = bags.weights if bags.weights is None or at is None else bags.weights[at]
             for read, (_, rows) in zip(

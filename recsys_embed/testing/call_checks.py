@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import CheckpointError
 from recsys_embed.kernels import reference
 from recsys_embed.registry import MethodInfo
@@ -71,6 +74,8 @@ def unseen_ids_follow_their_policy(method: MethodInfo) -> None:
     with refused(IndexError, str(ROWS), "'embedding'"):
         example(method, unseen="raise")(ids)
     plain = example(method)
+    # Products of matrices may differ in their last bits with the number of rows.
+    same = torch.equal if plain.program.head is None else partial(torch.allclose, atol=1e-6)
     hashed = example(method, unseen="hash")
     inside = {tuple(v) for v in hashed.materialize().tolist()}
     assert torch.equal(hashed(seen), plain(seen)), "seen ids must not feel the policy"
@@ -84,7 +89,7 @@ def unseen_ids_follow_their_policy(method: MethodInfo) -> None:
     rows = shared(unseen)
     assert (rows == rows[0]).all(), "all unseen ids must have one vector"
     assert shared.materialize().shape == (ROWS, shared.output_dim), "the id of unseen ones is not one of the table"
-    assert torch.equal(shared(seen), shared.materialize()[seen]), "seen ids keep their own vectors"
+    assert same(shared(seen), shared.materialize()[seen]), "seen ids keep their own vectors"
     rows.sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in shared.parameters()), "the shared vector must learn"
     held = {k: v for k, v in shared.state_dict().items() if not k.endswith("_extra_state")}
@@ -92,7 +97,7 @@ def unseen_ids_follow_their_policy(method: MethodInfo) -> None:
     nothing = example(method, unseen="zero")
     out = nothing(ids)
     assert not out[: len(unseen)].any(), "unseen ids must give zeros"
-    assert torch.equal(out[len(unseen) :], plain(seen)), "seen ids must not feel the policy"
+    assert same(out[len(unseen) :], plain(seen)), "seen ids must not feel the policy"
     out[: len(unseen)].sum().backward()
     for name, p in nothing.named_parameters():
         assert p.grad is None or not p.grad.any(), f"unseen ids reached the gradient of {name}"
@@ -124,7 +129,7 @@ def gradients_are_right(method: MethodInfo) -> None:
 
 def equals_its_program(method: MethodInfo) -> None:
     module = example(method)
-    if module.config.computes:
+    if type(module).lookup is not CompressedEmbedding.lookup:
         return
     assert not module.program.faults()
     ids = torch.arange(ROWS)

@@ -176,6 +176,9 @@ def lookup_shape(program: LookupProgram) -> tuple[int, int]:
     """Row numbers computed and floats gathered per id; 0 floats where the gathered rows are the output itself."""
     numbers = sum(p.num_rows + (p.weight is not None) for p in program.row_lookups)
     floats = sum(p.num_rows * program.table(p.table).width + (p.weight is not None) for p in program.row_lookups)
+    if program.head is not None:
+        made = program.head.made(program.head_shapes)
+        numbers, floats = numbers + made[0], floats + made[1]
     side_by_side = (
         len(set(program.spans)) == len(program.row_lookups) and len({p.table for p in program.row_lookups}) == 1
     )

@@ -172,7 +172,9 @@ def _merge(spans: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
 
 
 def _cells(program: LookupProgram, sharing: Sequence[Sharing]) -> float:
-    """Number of equally likely combinations of hashed rows and signs."""
+    """Number of equally likely combinations of hashed rows and signs; no limit where vectors are computed from ids."""
+    if not program.row_lookups:
+        return math.inf
     sizes = {s.key: s.rows for s in sharing if s.rows and not s.even}
     signs = math.prod(2.0 ** min(p.num_rows, _SIGNS_OF_A_RUN) for p in program.row_lookups if p.sign is not None)
     alike = Counter(
