@@ -29,8 +29,8 @@ HEAD = 4  # bytes of scale and bias
 FP8_HEAD = 2  # bytes of the scale
 FP8_MAX = 448.0
 FP16_MAX = 65504.0
+NARROW = 8  # for narrower rows, scale and bias take more bytes than quantisation saves
 
-_NARROW = 8  # for narrower rows, scale and bias take more bytes than quantisation saves
 _BLOCK = 64
 _CHUNK = 1 << 18
 
@@ -72,7 +72,7 @@ class Layout:
         smaller. ``"fp32"`` keeps float16 and bfloat16 tables in their type, which is exact and smaller.
         """
         if precision in BITS or precision == FP8:
-            return cls(precision, width, 1 if width >= _NARROW else min(_BLOCK // width, rows))
+            return cls(precision, width, 1 if width >= NARROW else min(_BLOCK // width, rows))
         if precision == "fp32" and dtype in (torch.float16, torch.bfloat16):
             precision = "fp16" if dtype == torch.float16 else "bf16"
         return cls(precision, width)

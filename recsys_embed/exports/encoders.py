@@ -105,9 +105,11 @@ class FileScorer:
         unread = {n for n in names if n not in model.user_features}
         unread |= {n for i, n in enumerate(numbers) if i not in model.user_numeric}
         key = (model.item, frozenset(unread), *exclude)
-        if key not in self._user_encoders:
-            self._user_encoders = {key: UserEncoder(self.stored, model.item, unread, exclude)}
-        return self._user_encoders[key]
+        found = self._user_encoders.get(key)
+        if found is None:
+            found = UserEncoder(self.stored, model.item, unread, exclude)
+            self._user_encoders = {key: found}
+        return found
 
     def find(self, model: RetrievalModel, encoder: UserEncoder, k: int) -> Find:
         """A function from batches, and items to leave out, to ids of items and their scores ``[B, k]``."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed._version import __version__
-from recsys_embed.core.precision import FLOATS, FP16_MAX, Precision, Search, check_precision
+from recsys_embed.core.precision import FLOATS, FP16_MAX, SEARCHES, Precision, Search, check_precision
 from recsys_embed.data.serving.stored import Output, StoredEncoders
 from recsys_embed.discover import unwrapped
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults, unknown_name
@@ -41,7 +41,6 @@ def unwritten(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} could not be written: {reason}; what was there before is untouched")
 
 
-_SEARCHES: dict[str, Search] = {"int8": "minmax", "int4": "greedy", "int2": "mse"}
 PLANNED = "planned"
 """The manifest's precision where tables have several."""
 _PLACEHOLDER = -1.7976931348623157e308  # no number takes more characters
@@ -190,7 +189,7 @@ class _Writer:
         self.packed = self._inspect_tables(prune)
         planned = {storage.precision for storage in found.storages} or {"fp32"}
         self.precision = precision or (planned.pop() if len(planned) == 1 else PLANNED)
-        self.searches = {kind: search or default for kind, default in _SEARCHES.items()}
+        self.searches = {kind: search or default for kind, default in SEARCHES.items()}
         self.search = self.searches.get(self.precision, "minmax")
         self.matrices = {m.key: m for m in self._matrices()}
         self.errors = {key: RoundingError() for key in self.matrices}

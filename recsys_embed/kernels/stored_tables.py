@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.id_sets import positions, words_of
 from recsys_embed.core.index import IndexArrays
-from recsys_embed.core.precision import HEAD, Layout, fp8_values
+from recsys_embed.core.precision import HEAD, NARROW, Layout, fp8_values
 from recsys_embed.kernels import fbgemm
 from recsys_embed.kernels.constants import Constants
 
@@ -146,7 +146,10 @@ class Stored(Constants):
         self._uniform = self._kind if self._whole and len(layouts) == 1 and self._kind.block == 1 else None
         self._reader = None if self._uniform is None else fbgemm.reader(self._uniform, backend)
         self._pruned = any(p.form != "all" for p in self.parts)
-        self._auto = backend == "auto"
+        # The native kernels tell kinds by the bytes of a row, which several kinds of narrow rows with scales share.
+        told = self._kind.width >= NARROW or not self._kind.scaled
+        whole = self._uniform is not None and not self._pruned
+        self._direct = backend == "auto" and whole and told and self._kind.kind != "fp64"
         device = data.device
         if arrays is None:
             none = torch.zeros(0, dtype=torch.int32, device=device)
@@ -185,7 +188,7 @@ class Stored(Constants):
     @property
     def direct(self) -> Tensor | None:
         """Stored rows ``[rows, items]`` if the native kernels can read them, else None."""
-        if not self._auto or self._uniform is None or self._pruned or self._kind.kind == "fp64":
+        if not self._direct:
             return None
         # Attribute access to buffers is ten times slower.
         buffers: dict[str, Tensor] = self._buffers  # type: ignore[assignment]

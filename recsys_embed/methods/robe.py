@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from recsys_embed.core import hashing
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.precision import rows_within
+from recsys_embed.core.precision import Layout, rows_within
 from recsys_embed.core.program import Hash, Initializer, LookupProgram, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.features import MAX_ROWS, FeatureSpec
@@ -109,10 +109,12 @@ class RobeConfig(MethodConfig):
         if not shared:
             return chosen
         least = max(cls._longest(s, params) for s in shared)
-        room = rows_within(budget - spent, 1, params.get("precision", "fp32"))
+        precision = params.get("precision", "fp32")
+        room = rows_within(budget - spent, 1, precision)
         elements = min(room, sum(s.num_ids * s.embedding_dim for s in shared), MAX_ROWS)
         if elements < least:
-            raise cls.budget_error(spent + 4 * least, len(specs), budget, "`block_size`", per_id=False)
+            need = spent + Layout.of(1, precision).nbytes(least)
+            raise cls.budget_error(need, len(specs), budget, "`block_size`", per_id=False)
         config = cls.from_params({**params, "num_elements": elements})
         return {s.name: chosen.get(s.name, config) for s in specs}
 

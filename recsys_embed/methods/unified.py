@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from recsys_embed.core import hashing
 from recsys_embed.core.heads import Projection
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.precision import rows_within
+from recsys_embed.core.precision import Layout, rows_within
 from recsys_embed.core.program import Hash, Initializer, LookupProgram, RowLookup, Table
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError, unknown_name
@@ -152,10 +152,11 @@ class UnifiedConfig(MethodConfig):
         heads = sum(t.nbytes() for s in shared for t in small[s.name].program(s).tables if t.dense)
         width, left = next(t.width for t in tables.values()), (budget - spent - heads) // len(tables)
         useful = sum((s.num_ids if s.ids == "index" else s.num_embeddings) * s.embedding_dim for s in shared)
-        room = rows_within(left, width, params.get("precision", "fp32"))
+        precision = params.get("precision", "fp32")
+        room = rows_within(left, width, precision)
         rows = min(room, useful // (width * len(tables)))
         if rows < 1:
-            least = spent + heads + sum(t.nbytes() for t in tables.values())
+            least = spent + heads + Layout.of(width, precision).row_bytes * len(tables)
             raise cls.budget_error(least, len(specs), budget, "`dim`", per_id=False)
         chosen |= {name: replace(config, num_buckets=min(rows, MAX_ROWS)) for name, config in small.items()}
         return {s.name: chosen[s.name] for s in specs}

@@ -111,6 +111,8 @@ class OptionEnumerator:
                 )
                 if candidate.params is None and feature.spec.name in self.context.equal_row_widths:
                     variants = [v for v in variants if not self._mixes_widths(v, feature)]
+                    if not variants:
+                        feature.refused[name] = "its ids have rows of several widths, which no network brings together"
                 for variant in variants:
                     resizable = ResizableMethod(variant, feature.spec, feature.terms, self.context.costs)
                     kept = self._grid(feature, candidate, resizable, unordered)
@@ -148,7 +150,8 @@ class OptionEnumerator:
         """Whether ids get rows of several widths, which one size in the middle shows."""
         resizable = ResizableMethod(variant, feature.spec, feature.terms, self.context.costs)
         program = resizable.at(max(1, resizable.top() // 2)).program
-        return len({program.table(p.table).width for p in program.row_lookups}) > 1
+        # Of rows that are computed, each id reads one from every table.
+        return not program.generates and len({program.table(p.table).width for p in program.row_lookups}) > 1
 
     def _refusal(self, spec: FeatureSpec, found: SizedMethod) -> str | None:
         return self.context.limits.refusal(found.program, found.spans, spec, self.context.costs.itemsize)

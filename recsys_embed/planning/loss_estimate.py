@@ -167,7 +167,7 @@ def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
     tables = {t.name: t for t in program.tables}
     if program.head is not None and program.head.shares_all:
         rows = sum(t.elements for t in program.tables) / program.width
-        rounded = min(signal_kept(t) for t in program.tables)
+        rounded = min(signal_kept(t, terms.without_network) for t in program.tables)
         return [ColumnSpan(terms.zeros, terms.ones, rows, program.width, SUM_POWER, None, rounded=rounded)]
     groups: dict[tuple[int, int], list[tuple[str, ColumnSpan]]] = {}
     found: list[ColumnSpan] = []

@@ -56,7 +56,8 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
     elif config.ratio is not None:
         budget = int(full_bytes / config.ratio)
     if config.method == "full" and budget is None:
-        return Plans(Plan.full(vectors), None if narrow is None else Plan.full(narrow), full_bytes)
+        made = Plan.uniform(vectors, "full", **config.method_args)
+        return Plans(made, None if narrow is None else Plan.full(narrow), full_bytes)
     counted = data if hasattr(data, "counts") else None
     given = None if config.plan is None else with_frequent_ids(Plan.from_dict(config.plan), vectors, counted)
     if given is not None and budget is None:

@@ -124,6 +124,18 @@ def test_a_drop_in_is_sized_and_served_at_its_precision(tmp_path: Path) -> None:
     assert 0 < (rse.load(tmp_path / "e")(ids) - module(ids)).abs().max() <= report.max_error
 
 
+@METHODS
+@pytest.mark.parametrize("width", [16, 6])
+def test_reports_of_drop_ins_tell_the_bytes_of_rounded_rows(method: MethodInfo, width: int, tmp_path: Path) -> None:
+    try:
+        module = rse.make_embedding(method.name, 900, width, budget="18KiB", precision="int8")
+    except ConfigError:
+        pytest.skip("computes its vectors")
+    told = memory_report(module)
+    written = rse.export(module, tmp_path / "e", prune=False).embedding_bytes
+    assert told.total("serve") == module.footprint().serve == written
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="int9"):
         rse.make_embedding("full", 10, 4, precision="int9")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import recsys_embed as rse
 from recsys_embed.core.id_sets import bitmap
 from recsys_embed.core.index import IndexArrays
-from recsys_embed.core.precision import Layout
+from recsys_embed.core.precision import SEARCHES, Layout
+from recsys_embed.exports import export, load
 from recsys_embed.exports.pack import Packed, choose_parts, chunks, inspect_table, pack_bits
 from recsys_embed.kernels.stored_tables import Part, Stored
 
@@ -78,6 +81,18 @@ def test_rows_are_those_of_the_tables(shapes, width, kind, seed) -> None:
         largest, _, rms = packed.error.close(t.numel())
         assert largest <= ERRORS[kind]
         assert rms == pytest.approx(float(t.square().mean().sqrt()), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_backend_decodes_rows_of_every_width(kind: str, tmp_path: Path) -> None:
+    """Also those of one-row tables, which of few columns take as many bytes at several kinds."""
+    for width, count in itertools.product(range(1, 10), (1, 3)):
+        module = rse.make_embedding("full", count, width)
+        want = Layout.of(width, kind, rows=count)
+        kept = want.decode(want.encode(module.weight.detach(), SEARCHES.get(kind, "minmax")))[:count]
+        export(module, tmp_path / "t", kind, prune=False)
+        for backend in ("auto", "torch"):
+            assert torch.equal(load(tmp_path / "t", backend=backend)(torch.arange(count)), kept), (width, count)
 
 
 @pytest.mark.parametrize("kind", KINDS)

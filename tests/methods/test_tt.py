@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_embed import FeatureSpec
+from recsys_embed import FeatureSpec, Schema, plan_for_budget
 from recsys_embed.errors import ConfigError
 from recsys_embed.method_parts.tensor_train import rank_bounds
 from recsys_embed.methods.tt import TtConfig, TtEmbedding
@@ -172,3 +172,10 @@ def test_cores_of_hetu_are_read() -> None:
 def test_shapes_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TtEmbedding(100, 16, **options)
+
+
+def test_the_planner_offers_trains_where_no_network_reads_the_vectors() -> None:
+    schema = Schema([FeatureSpec("user", 5000, 16), FeatureSpec("item", 3000, 16)])
+    plan = plan_for_budget(schema, "40KiB", methods=["tt"])
+    assert [config.method for config in plan.configs.values()] == ["tt", "tt"]
+    assert plan.footprint(schema).serve <= 40 << 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,12 @@ import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema, plan_for_budget
 from recsys_embed.core.precision import SEARCHES, Layout, Precision
 from recsys_embed.errors import BudgetError, ConfigError
+from recsys_embed.planning.curves import FrequencyCurve
+from recsys_embed.planning.loss_estimate import CurveTerms, column_spans
 from recsys_embed.planning.rounding import AUTO, COLUMNS, ERRORS
+from recsys_embed.registry import get_method
+from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.plans import plans_for
 from tests.tiers import slow_but
 
 ROWS = {"user": 20_000, "item": 5000, "c1": 10, "c2": 300, "c3": 900}
@@ -85,6 +91,38 @@ def test_in_training_fewer_bits_save_nothing() -> None:
 def test_a_budget_for_fewer_bits_is_named() -> None:
     with pytest.raises(BudgetError, match=r'precision="auto": .* at least'):
         plan_for_budget(SCHEMA, FULL // 2, methods=["full"])
+
+
+@pytest.mark.parametrize(("method", "params"), [("lowdim", {"dim": 8}), ("tt", {"ranks": (4, 4)})])
+def test_rounding_costs_more_where_no_network_reads_the_rows(method: str, params: dict[str, Any]) -> None:
+    spec = FeatureSpec("user", 5000, 16)
+    program = get_method(method).config_cls.from_params({**params, "precision": "int4"}).program(spec)
+    beside, alone = (
+        column_spans(program, CurveTerms(FrequencyCurve.zipf(5000), without))[0].rounded for without in (False, True)
+    )
+    assert alone < 1
+    assert 1 - alone == pytest.approx(8 * (1 - beside))
+
+
+@pytest.mark.parametrize(("method", "params"), [("robe", {"block_size": 16}), ("unified", {"dim": 1})])
+def test_a_budget_that_is_too_small_for_a_rounded_block_is_told_what_one_takes(
+    method: str, params: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {**params, "precision": "int8", "full_below": 0}
+    with pytest.raises(BudgetError, match="available") as told:
+        Plan.uniform(SCHEMA, method, budget=60, **options)
+    need = re.search(r"needs at least ([0-9]+) B", str(told.value))
+    assert need is not None
+    assert Plan.uniform(SCHEMA, method, budget=int(need[1]), **options).footprint(SCHEMA).serve <= int(need[1])
+    with pytest.raises(BudgetError):
+        Plan.uniform(SCHEMA, method, budget=int(need[1]) - 1, **options)
+
+
+def test_full_tables_of_a_run_have_the_precision_of_its_settings() -> None:
+    plans = plans_for(SCHEMA, TrainConfig(model="deepfm", method="full", method_args={"precision": "int8"}))
+    assert plans.vectors.footprint(SCHEMA).serve == sum(n * 20 for n in ROWS.values())
+    with pytest.raises(ConfigError, match="dim"):
+        plans_for(SCHEMA, TrainConfig(model="deepfm", method="full", method_args={"dim": 8}))
 
 
 @pytest.mark.parametrize("wrong", ["int9", [], None, 4, ["int8", "in4"], b"int8"])

@@ -36,7 +36,7 @@ def column_bytes(path: Path) -> list[dict[str, int]]:
                 about = chunk[_META_DATA]
                 held[about[_PATH][0].decode()] += about[_COMPRESSED]
             found.append(dict(held))
-    except (LookupError, TypeError, UnicodeDecodeError) as e:
+    except (LookupError, TypeError, AttributeError, RecursionError, UnicodeDecodeError) as e:
         raise ValueError(f"the Parquet footer cannot be read ({e})") from e
     return found
 
@@ -89,6 +89,8 @@ class _Compact:
             if byte < 128:
                 return found
             shift += 7
+            if shift > 63:
+                raise LookupError(f"an integer of more than 64 bits at byte {self.at}")
 
     def _integer(self) -> int:
         found = self._unsigned()

@@ -98,9 +98,8 @@ def _own_arrays(module: CompressedEmbedding) -> list[ArrayStorage]:
         rows, width = (p.shape[0], p.numel() // p.shape[0]) if p.dim() >= 2 else (1, p.numel())
         reads = 0 if dense else reads_of(module.program, name)
         role: ArrayRole = "dense" if dense else "table"
-        arrays.append(
-            ArrayStorage(name, rows, width, p.element_size(), role, reads, id(p), p.requires_grad, flat=p.dim() < 2)
-        )
+        array = ArrayStorage(name, rows, width, p.element_size(), role, reads, id(p), p.requires_grad, flat=p.dim() < 2)
+        arrays.append(array if table is None else replace(array, precision=table.precision))
     if module.served is not None:
         for name in tables:
             if name in module.served:

@@ -142,6 +142,22 @@ def test_bytes_of_row_groups_are_those_that_pyarrow_tells(tmp_path: Path) -> Non
         assert len(wanted) > 15
 
 
+@pytest.mark.parametrize(
+    "footer",
+    [
+        b"\x1c" * 5000,  # structs within structs
+        b"\x16" + b"\xff" * (1 << 20) + b"\x00",  # an integer without an end
+        b"\x49\x1c\x19\x1c\x3c\x39\x15\x02\x49\x02\x00\x00\x00\x00",  # a name that is a number
+        b"\x49\xfc\xff\xff\xff\xff\x0f",  # more row groups than bytes
+    ],
+)
+def test_damaged_footers_are_told(footer: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(ValueError, match="footer cannot be read"):
+        column_bytes(path)
+
+
 def test_row_groups_that_memory_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     frame = pl.DataFrame({"y": [0, 1] * 40_000, "n": np.random.default_rng(0).random(80_000)})
