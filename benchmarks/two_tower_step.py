@@ -50,7 +50,7 @@ def ours() -> tuple[TwoTower, dict[str, Tensor]]:
         raise TypeError(f"expected a TwoTower; got {type(model).__name__}")
     known = {name: torch.randint(rows, (ITEMS,)) for name, rows in PROPERTIES.items()}
     ends = torch.arange(ITEMS + 1)
-    model.describe_items({k: (v, ends) for k, v in known.items()}, torch.zeros(ITEMS, 2), torch.ones(ITEMS).bool())
+    model.describe_items({k: (v, ends) for k, v in known.items()}, torch.zeros(ITEMS, 0), torch.ones(ITEMS).bool())
     model.item_counts.copy_(torch.randint(1, 500, (ITEMS,)))
     return model, known
 

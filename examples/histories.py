@@ -8,32 +8,22 @@ that moment, and all events of the test rows come after those of training.
 Needs: pip install 'recsys-embed[train]'
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+from shared.ratings import read_options, read_ratings
 
 from recsys_embed.data import convert_table, open_dataset
 from recsys_embed.train import TrainConfig, run_training
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("folder", nargs="?", type=Path)
-parser.add_argument("--smoke", action="store_true", help="few rows, one epoch")
-options = parser.parse_args()
+options = read_options(__doc__)
 
 # -- ratings: user, item, rating, time ---------------------------------------------------------------------------------
 
 if options.folder:
-    (file,) = options.folder.glob("u.data*")
-    ratings = pl.read_csv(
-        file,
-        separator="\t",
-        has_header=False,
-        new_columns=["user", "item", "rating", "time"],
-        schema_overrides=[pl.Int64] * 4,
-    )
+    ratings = read_ratings(options.folder)
 else:
     # Users come and go, so that test rows are of users whose ids training has hardly seen.
     rows, genres, rng = 5_000 if options.smoke else 50_000, 8, np.random.default_rng(0)

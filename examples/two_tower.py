@@ -8,34 +8,24 @@ learns which item a user took. The last event of each user tests.
 Needs: pip install 'recsys-embed[train]'
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import torch
+from shared.ratings import read_options, read_ratings
 
 import recsys_embed as rse
 from recsys_embed.data import convert_table, open_dataset
 from recsys_embed.train import TrainConfig, run_training
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("folder", nargs="?", type=Path)
-parser.add_argument("--smoke", action="store_true", help="few rows, two epochs")
-options = parser.parse_args()
+options = read_options(__doc__)
 
 # -- events: user, item, time ------------------------------------------------------------------------------------------
 
 if options.folder:
-    (file,) = options.folder.glob("u.data*")
-    events = pl.read_csv(
-        file,
-        separator="\t",
-        has_header=False,
-        new_columns=["user", "item", "rating", "time"],
-        schema_overrides=[pl.Int64] * 4,
-    ).drop("rating")
+    events = read_ratings(options.folder).drop("rating")
 else:
     # Items are of a kind each; a user likes one kind, and frequent items of it most.
     rows, kinds, rng = 6_000 if options.smoke else 60_000, 8, np.random.default_rng(0)
@@ -85,14 +75,13 @@ for method in ({}, {"method": "planned", "ratio": 10}):
         f"tables {size:.0f} KiB"
     )
 
-# -- one file: vectors of users and items, and the best items that a user does not know yet ----------------------------
+# -- one file: from raw rows to the items that a user does not know yet, and vectors for an index of neighbours --------
 
-rse.export(outcome.model, folder / "towers.rse", "int8")
+rse.export(outcome.model, folder / "towers.rse", "int8", encoders=data)
 served = rse.load(folder / "towers.rse")
+rows = events.tail(3).select("user", "history")
+best = served.recommend(rows, k=5, exclude="history")
+for user, items in zip(rows["user"], best.items.tolist(), strict=True):
+    print(f"user {user}: items {items}")
 batch = next(iter(data.batches("test", 3, shuffle=False)))
-seen = rse.typing.BagIds(*batch.lists.feature(0))
-found, scores = served.recommend(batch.dense, batch.inputs, k=5, exclude=seen)
 print("vectors", tuple(served.users(batch.dense, batch.inputs).shape), tuple(served.items(torch.arange(10)).shape))
-names = dict(zip(data.vocabulary("item").ids.tolist(), data.vocabulary("item").values, strict=True))
-for row, items in zip(batch.ids[:, 0].tolist(), found.tolist(), strict=True):
-    print(f"user {row}: items {[names.get(i) for i in items]}")

@@ -49,7 +49,7 @@ if [ "$device" = cpu ]; then
 fi
 log=$venv/setup.log
 rm -f "$log"
-echo "setup: installing the $device builds into $venv (about 1.5 GB on disk for cpu, 8 GB for cuda; log in $log)"
+echo "setup: installing the $device builds into $venv (about 1.8 GB on disk for cpu, 8 GB for cuda; log in $log)"
 if ! "$venv/bin/python" -m pip --disable-pip-version-check install --log "$log" "$@" -e '.[all,dev]'; then
   why=$(grep -o -m 1 'No space left on device' "$log" || grep -o -m 1 'No matching distribution found for .*' "$log" || true)
   if grep -q 'from versions: none' "$log"; then why="no package index answers, or none has this for the Python used: $why"; fi

@@ -20,6 +20,7 @@ from recsys_embed import FeatureSpec, Plan, Schema
 from recsys_embed.data import Batch, convert_table, open_dataset
 from recsys_embed.data.list_ids import ListIds
 from recsys_embed.errors import ConfigError
+from recsys_embed.exports import to_onnx, to_torch_export
 from recsys_embed.models import build_model
 from recsys_embed.train import TrainConfig, run_training
 from recsys_embed.train.catalogue import learn_items
@@ -192,6 +193,38 @@ def test_a_served_file_gives_the_same_users_items_and_scores(tmp_path: Path) -> 
         assert torch.equal(served(dense, ids), model(dense, ids))
         assert torch.equal(served.users(dense, ids), model.users(dense, ids))
         assert torch.equal(served.items(torch.arange(ITEMS)), model.items(torch.arange(ITEMS)))
+
+
+@pytest.mark.parametrize("histories", [HISTORIES, [[]], [[], []], [[1] * 20], [[PADDING] * 9, [2]]])
+def test_users_of_a_graph_are_those_of_the_model(histories: list[list[int]]) -> None:
+    for schema in (SCHEMA, Schema([FeatureSpec(f.name, ITEMS, WIDTH, table="item") for f in SCHEMA])):
+        model, ids = sasrec(schema=schema), bags(histories)
+        with torch.no_grad():
+            wanted = model.users(torch.zeros(len(histories), 0), ids)
+            torch.testing.assert_close(model._users_of_graph(ids), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_a_graph_scores_ragged_histories(precision: Any, tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    model = sasrec(Plan.uniform(SCHEMA, "unified", budget="500B", full_below=1))
+    if precision is not None:
+        rse.export(model, tmp_path / "model.safetensors", precision)
+        model = rse.load(tmp_path / "model.safetensors")
+    example = torch.zeros(len(HISTORIES), 0), bags(HISTORIES)
+    assert to_onnx(model, tmp_path / "m.onnx", example).check is not None
+    program = to_torch_export(model, tmp_path / "m.pt2", example)
+    assert program.check is not None
+    assert program.check.max_difference < 1e-5
+    session = ort.InferenceSession(str(tmp_path / "m.onnx"))
+    names = [value.name for value in session.get_inputs()]
+    for histories in (HISTORIES, [[]], [[], []], [[1] * 20], [[PADDING] * 9, [2]], [[7]] * 40):
+        ids, dense = bags(histories, [3] * len(histories)), torch.zeros(len(histories), 0)
+        given = zip(names, (dense, ids.values, ids.offsets), strict=True)
+        (found,) = session.run(None, {name: part.numpy() for name, part in given})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model(dense, ids), atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

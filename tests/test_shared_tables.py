@@ -20,7 +20,6 @@ from recsys_embed.optim import FusedOptimizer, unfused_parameters
 from recsys_embed.planning.costs import Costs
 from recsys_embed.planning.frequencies import with_frequent_ids
 from recsys_embed.registry import MethodInfo, list_methods
-from recsys_embed.search.run import _check_tables
 from recsys_embed.search.studies.space import StudySpace
 
 N, WIDTH, BATCH = 61, 8, 7
@@ -271,8 +270,3 @@ def test_a_study_chooses_per_table() -> None:
     plan.check(schema)
     assert plan["item"] == plan["last"]
     assert plan.footprint(schema).serve <= 8192
-
-
-def test_searches_over_rows_refuse_them() -> None:
-    with pytest.raises(ConfigError, match=r"'item' of item, history, last.*plan_for_budget"):
-        _check_tables(schema_of())

@@ -1,4 +1,4 @@
-"""The two-tower model beside a plain torch model, and what every model that finds items promises."""
+"""The two-tower model beside a plain torch model, and what every retrieval model promises."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tower_model(plan: Plan | None = None, **changes: Any) -> RetrievalModel:
         lengths = torch.tensor([len(g) for g in GENRES])
         genres = (torch.tensor([g for gs in GENRES for g in gs]), F.pad(lengths.cumsum(0), (1, 0)))
         years = (torch.arange(ITEMS) % 5, torch.arange(ITEMS + 1))
-        dense = torch.arange(ITEMS).float().unsqueeze(1).expand(ITEMS, 3) / ITEMS
+        dense = torch.arange(ITEMS).float().unsqueeze(1) / ITEMS
         model.describe_items({"year": years, "genres": genres}, dense, torch.ones(ITEMS, dtype=torch.bool))  # type: ignore[operator]
     model.item_counts.copy_(torch.arange(ITEMS) % 4 + 1)
     return model
@@ -316,5 +316,5 @@ def test_models_of_ones_own_must_give_both_vectors() -> None:
 def test_losses_take_any_model_that_finds_items_and_no_other() -> None:
     schema = Schema([FeatureSpec("user", 5, 2), FeatureSpec("item", 5, 2)])
     batch = Batch(torch.zeros(3, 0), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3))
-    with pytest.raises(ConfigError, match="needs a model that finds items"):
+    with pytest.raises(ConfigError, match="needs a retrieval model"):
         loss_of(build_model("fm", schema, Plan.full(schema), num_dense=0), batch, loss="bpr")

@@ -63,7 +63,8 @@ struct Found {
   }
 
   // Calls fn(rows, factors, out) for each item and prefetches later rows. COUNT: slots of an item, 0 if not known.
-  template <int COUNT, class F>
+  // ANYWHERE: rows are not aligned to cache lines.
+  template <int COUNT, bool ANYWHERE = false, class F>
   inline __attribute__((always_inline)) void each(const Group& g, i64 n, i64 bytes, const Matrix& out, F&& fn) const {
     const i64 items = g.columns.size(), count = COUNT ? COUNT : g.count;
     const i64* const columns = g.columns.data();
@@ -72,7 +73,10 @@ struct Found {
     for (i64 i = 0; i < n; i++) {
       float* const row = out.data + i * out.stride;
       for (i64 m = 0; m < items; m++, from += count, by += count) {
-        for (i64 j = 0; j < count; j++) prefetch(from[AHEAD + j], bytes);
+        for (i64 j = 0; j < count; j++) {
+          prefetch(from[AHEAD + j], bytes);
+          if (ANYWHERE) prefetch(from[AHEAD + j] + bytes - 1, 1);
+        }
         fn(from, by, row + columns[m]);
       }
     }
@@ -116,7 +120,7 @@ static ReadGroup reader_of(const Group& g) {
 }
 
 static ReadGroup choose_reader(const Group& g) {
-  if (g.kind != FP32) return choose_decoder(g.kind);
+  if (g.kind != FP32) return choose_decoder(g);
   switch (g.width) {
     case 1: return reader_of<1>(g);
     case 4: return reader_of<4>(g);

@@ -108,7 +108,7 @@ class Reader {
   bool fits_slots(const RowLookup& p) const {
     if (p.num_rows != 1) return false;
     if (kind_of(c_, p.storage) == FP32) return p.span == p.width || p.width == 1;
-    return decodes_blocks(p.width) && p.span == p.width;
+    return p.span == p.width;
   }
 
   // Adds row lookups [j, j + count) of a feature, combined; or, not `joined`, the unchanged row of one.

@@ -17,6 +17,9 @@
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#endif
 
 namespace {
 

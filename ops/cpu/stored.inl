@@ -15,113 +15,174 @@ static inline float half_to_float(uint16_t h) {
   return f;
 }
 
-// An e4m3 number in the place of a half's leading bits is 2^-8 of its value.
-static inline float fp8_to_float(uint8_t b) { return half_to_float(uint16_t((b & 0x80) << 8 | (b & 0x7F) << 7)) * 256.f; }
-
 static inline uint16_t read_16(const unsigned char* at) {
   uint16_t x;
   std::memcpy(&x, at, 2);
   return x;
 }
 
-// Sixteen elements at a time, with compilers that have vector extensions.
-#if defined(__GNUC__)
-typedef uint8_t Bytes4 __attribute__((vector_size(4), aligned(1), may_alias));
-typedef uint8_t Bytes8 __attribute__((vector_size(8), aligned(1), may_alias));
-typedef uint8_t Bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
-typedef uint16_t Halves8 __attribute__((vector_size(16), aligned(1), may_alias));
-typedef uint16_t Halves16 __attribute__((vector_size(32), aligned(1), may_alias));
-typedef i32 Ints4 __attribute__((vector_size(16), aligned(4), may_alias));
-typedef i32 Ints16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef u32 Words16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef Lanes<16>::V Floats16;
+// An e4m3 number in the place of a half's leading bits is 2^-8 of its value.
+static inline float fp8_to_float(uint8_t b) { return half_to_float(uint16_t((b & 0x80) << 8 | (b & 0x7F) << 7)) * 256.f; }
 
-static inline Floats16 float_of_halves(Words16 h) {
-  const Words16 size = h & 0x7FFF, special = (Words16)(size >= 0x7C00), small = (Words16)(size < 0x400);
-  const Words16 normal = (size << 13) + (112u << 23) + (special & (112u << 23));
-  const Words16 raised = (Words16)((Floats16)(size | 0x3F000000u) - 0.5f);
-  return (Floats16)((small & raised) | (~small & normal) | (h & 0x8000) << 16);
+// Scale and bias at the head of a row; of fp8 the scale, and 0.
+struct Line {
+  float scale, bias;
+};
+
+#if defined(__AVX2__) && defined(__F16C__)
+// The conversions below by hand, because GCC widens bytes to integers one by one.
+static inline Line line_of(i64 kind, const unsigned char* row) {
+  i32 both;
+  if (kind == FP8) both = read_16(row);
+  else std::memcpy(&both, row, 4);
+  const __m128 found = _mm_cvtph_ps(_mm_cvtsi32_si128(both));
+  return {_mm_cvtss_f32(found), kind == FP8 ? 0.f : _mm_cvtss_f32(_mm_movehdup_ps(found))};
 }
 
-static inline Floats16 halves(const unsigned char* from) {
-  return float_of_halves(__builtin_convertvector(*reinterpret_cast<const Halves16*>(from), Words16));
-}
+template <int N>
+struct Block;
 
-static inline Floats16 eighths(const unsigned char* from) {
-  const Words16 b = __builtin_convertvector(*reinterpret_cast<const Bytes16*>(from), Words16);
-  return float_of_halves((b & 0x80) << 8 | (b & 0x7F) << 7) * 256.f;
-}
+template <>
+struct Block<8> {
+  typedef Lanes<8>::V V;
 
-static inline Floats16 brain_halves(const unsigned char* from) {
-  return (Floats16)(__builtin_convertvector(*reinterpret_cast<const Halves16*>(from), Words16) << 16);
-}
-
-static inline Floats16 codes_of(i64 kind, const unsigned char* codes, i64 k) {
-  auto floats = [](Bytes16 b) { return __builtin_convertvector(__builtin_convertvector(b, Ints16), Floats16); };
-  if (kind == INT8) return floats(*reinterpret_cast<const Bytes16*>(codes + k));
-  if (kind == INT2) {
-    const Ints4 fours = __builtin_convertvector(*reinterpret_cast<const Bytes4*>(codes + k / 4), Ints4);
-    // Code j of a byte is moved to byte j of an integer.
-    const Ints4 apart = (fours | fours << 6 | fours << 12 | fours << 18) & 0x03030303;
-    return floats((Bytes16)apart);
+  static inline V halves(const unsigned char* from) {
+    return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
-  const Halves8 pairs = __builtin_convertvector(*reinterpret_cast<const Bytes8*>(codes + k / 2), Halves8);
-  const Halves8 apart = (pairs | pairs << 4) & 0x0F0F;
-  return floats((Bytes16)apart);
-}
-
-static inline i64 decode_whole(i64 kind, const unsigned char* from, i64 count, float* out) {
-  i64 k = 0;
-  if (kind == FP16)
-    for (; k + 16 <= count; k += 16) Lanes<16>::store(out + k, halves(from + 2 * k));
-  else if (kind == BF16)
-    for (; k + 16 <= count; k += 16)
-      Lanes<16>::store(out + k, brain_halves(from + 2 * k));
-  else if (kind == FP8) {
-    const float scale = half_to_float(read_16(from));
-    for (; k + 16 <= count; k += 16) Lanes<16>::store(out + k, eighths(from + 2 + k) * scale);
-  } else if (kind != FP32) {
-    const float scale = half_to_float(read_16(from)), bias = half_to_float(read_16(from + 2));
-    for (; k + 16 <= count; k += 16) Lanes<16>::store(out + k, codes_of(kind, from + 4, k) * scale + bias);
+  static inline V brain_halves(const unsigned char* from) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return (V)_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
   }
-  return k;
-}
+  static inline V eighths(const unsigned char* from) {
+    const __m128i b = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    const __m128i sign = _mm_slli_epi16(_mm_and_si128(b, _mm_set1_epi16(0x80)), 8);
+    const __m128i size = _mm_slli_epi16(_mm_and_si128(b, _mm_set1_epi16(0x7F)), 7);
+    return (V)_mm256_cvtph_ps(_mm_or_si128(sign, size)) * 256.f;
+  }
+  static inline V bytes(const unsigned char* from) {
+    return (V)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  }
+  static inline V nibbles(const unsigned char* from) {
+    u32 word;
+    std::memcpy(&word, from, 4);
+    const __m256i apart = _mm256_srlv_epi32(_mm256_set1_epi32(i32(word)), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    return (V)_mm256_cvtepi32_ps(_mm256_and_si256(apart, _mm256_set1_epi32(15)));
+  }
+  static inline V pairs(const unsigned char* from) {
+    const __m256i word = _mm256_set1_epi32(read_16(from));
+    const __m256i apart = _mm256_srlv_epi32(word, _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
+    return (V)_mm256_cvtepi32_ps(_mm256_and_si256(apart, _mm256_set1_epi32(3)));
+  }
+};
+
+#if defined(__AVX512F__)
+template <>
+struct Block<16> {
+  typedef Lanes<16>::V V;
+
+  static inline V halves(const unsigned char* from) {
+    return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static inline V brain_halves(const unsigned char* from) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return (V)_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  }
+  static inline V eighths(const unsigned char* from) {
+    const __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(b, _mm256_set1_epi16(0x80)), 8);
+    const __m256i size = _mm256_slli_epi16(_mm256_and_si256(b, _mm256_set1_epi16(0x7F)), 7);
+    return (V)_mm512_cvtph_ps(_mm256_or_si256(sign, size)) * 256.f;
+  }
+  static inline V bytes(const unsigned char* from) {
+    return (V)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
+  static inline V nibbles(const unsigned char* from) {
+    i32 low, high;
+    std::memcpy(&low, from, 4);
+    std::memcpy(&high, from + 4, 4);
+    const __m512i word = _mm512_inserti64x4(_mm512_set1_epi32(low), _mm256_set1_epi32(high), 1);
+    const __m512i by = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    return (V)_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(word, by), _mm512_set1_epi32(15)));
+  }
+  static inline V pairs(const unsigned char* from) {
+    i32 word;
+    std::memcpy(&word, from, 4);
+    const __m512i by = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return (V)_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(word), by), _mm512_set1_epi32(3)));
+  }
+};
+constexpr int WIDEST_BLOCK = 16;
 #else
-static inline i64 decode_whole(i64, const unsigned char*, i64, float*) { return 0; }
+constexpr int WIDEST_BLOCK = 8;
 #endif
+#else
+static inline Line line_of(i64 kind, const unsigned char* row) {
+  return {half_to_float(read_16(row)), kind == FP8 ? 0.f : half_to_float(read_16(row + 2))};
+}
+constexpr int WIDEST_BLOCK = 1;
+#endif
+
+// Element k of a row, or N elements from there on.
+template <i64 KIND, int N>
+static inline typename Lanes<N>::V decoded(const unsigned char* row, i64 k, Line line) {
+  typedef Lanes<N> L;
+  if constexpr (KIND == FP32) {
+    return L::load(reinterpret_cast<const float*>(row) + k);
+  } else if constexpr (N == 1) {
+    if (KIND == FP16) return half_to_float(read_16(row + 2 * k));
+    if (KIND == BF16) {
+      const u32 bits = u32(read_16(row + 2 * k)) << 16;
+      float f;
+      std::memcpy(&f, &bits, 4);
+      return f;
+    }
+    if (KIND == FP8) return fp8_to_float(row[2 + k]) * line.scale;
+    const unsigned char* codes = row + 4;
+    const int code = KIND == INT8 ? codes[k] : KIND == INT4 ? codes[k / 2] >> (4 * (k & 1)) & 15 : codes[k / 4] >> (2 * (k & 3)) & 3;
+    return float(code) * line.scale + line.bias;
+  } else {
+#if defined(__AVX2__) && defined(__F16C__)
+    typedef Block<N> B;
+    if constexpr (KIND == FP16) return B::halves(row + 2 * k);
+    else if constexpr (KIND == BF16) return B::brain_halves(row + 2 * k);
+    else if constexpr (KIND == FP8) return B::eighths(row + 2 + k) * line.scale;
+    else if constexpr (KIND == INT8) return B::bytes(row + 4 + k) * line.scale + line.bias;
+    else if constexpr (KIND == INT4) return B::nibbles(row + 4 + k / 2) * line.scale + line.bias;
+    else return B::pairs(row + 4 + k / 4) * line.scale + line.bias;
+#endif
+  }
+}
+
+// Calls fn(Lanes<N>, k, elements k to k + N) for the whole row. W: its width if known at compile time, else 0.
+template <i64 KIND, int W, class F>
+static inline __attribute__((always_inline)) void each_block(const unsigned char* row, i64 width, Line line, F&& fn) {
+  const i64 w = W ? W : width;
+  i64 k = 0;
+  if constexpr (WIDEST_BLOCK == 16)
+    for (; k + 16 <= w; k += 16) fn(Lanes<16>(), k, decoded<KIND, 16>(row, k, line));
+  if constexpr (WIDEST_BLOCK >= 8)
+    for (; k + 8 <= w; k += 8) fn(Lanes<8>(), k, decoded<KIND, 8>(row, k, line));
+  for (; k < w; k++) fn(Lanes<1>(), k, decoded<KIND, 1>(row, k, line));
+}
+
+static inline bool has_line(i64 kind) { return kind >= INT8; }
+
+template <i64 KIND>
+static void decode_row_of(const unsigned char* row, i64 count, float* __restrict out) {
+  const Line line = has_line(KIND) ? line_of(KIND, row) : Line{1.f, 0.f};
+  each_block<KIND, 0>(row, count, line, [&](auto lanes, i64 k, auto v) { lanes.store(out + k, v); });
+}
 
 // `count` elements of a row at `from`.
 static void decode_row(i64 kind, const unsigned char* from, i64 count, float* __restrict out) {
-  const unsigned char* codes = from + 4;
-  i64 k = decode_whole(kind, from, count, out);
   switch (kind) {
-    case FP32:
-      std::memcpy(out, from, count * sizeof(float));
-      break;
-    case FP16:
-      for (; k < count; k++) out[k] = half_to_float(read_16(from + 2 * k));
-      break;
-    case BF16:
-      for (; k < count; k++) {
-        const u32 bits = u32(read_16(from + 2 * k)) << 16;
-        std::memcpy(out + k, &bits, 4);
-      }
-      break;
-    case FP8: {
-      const float scale = half_to_float(read_16(from));
-      for (; k < count; k++) out[k] = fp8_to_float(from[2 + k]) * scale;
-      break;
-    }
-    default: {
-      if (k == count) break;
-      const float scale = half_to_float(read_16(from)), bias = half_to_float(read_16(from + 2));
-      if (kind == INT8)
-        for (; k < count; k++) out[k] = float(codes[k]) * scale + bias;
-      else if (kind == INT4)
-        for (; k < count; k++) out[k] = float(codes[k / 2] >> (4 * (k & 1)) & 15) * scale + bias;
-      else
-        for (; k < count; k++) out[k] = float(codes[k / 4] >> (2 * (k & 3)) & 3) * scale + bias;
-    }
+    case FP32: std::memcpy(out, from, count * sizeof(float)); return;
+    case FP16: return decode_row_of<FP16>(from, count, out);
+    case BF16: return decode_row_of<BF16>(from, count, out);
+    case INT8: return decode_row_of<INT8>(from, count, out);
+    case INT4: return decode_row_of<INT4>(from, count, out);
+    case INT2: return decode_row_of<INT2>(from, count, out);
+    default: return decode_row_of<FP8>(from, count, out);
   }
 }
 
@@ -129,51 +190,51 @@ static inline const unsigned char* stored_row(const Call& c, i64 storage, i64 ro
   return reinterpret_cast<const unsigned char*>(c.storages[storage]) + row * row_bytes(c, storage);
 }
 
-// Whether rows of this width are decoded in registers and combined directly with the output.
-static inline bool decodes_blocks(i64 width) {
-#if defined(__GNUC__)
-  return width % 16 == 0;
-#else
-  return false;
-#endif
-}
-
-template <i64 KIND>
+// SINGLE: each item is one row, stored without a factor.
+template <i64 KIND, int W, bool SINGLE>
 static void read_stored(const Group& g, const Found& found, i64 n, const Matrix& out) {
-#if defined(__GNUC__)
-  // Rows are not aligned to cache lines.
-  found.each<0>(g, n, g.slots[0].bytes + 63, out, [&](const char* const* rows, const float* factors, float* o) {
-    if (!rows[0]) std::fill_n(o, g.width, g.empty);
-    for (i64 j = 0; j < g.count; j++) {
+  const i64 width = W ? W : g.width;
+  found.each<SINGLE ? 1 : 0, true>(g, n, g.slots[0].bytes, out, [&](const char* const* rows, const float* factors, float* o) {
+    if (!rows[0]) std::fill_n(o, width, g.empty);
+    const i64 count = SINGLE ? 1 : g.count;
+    for (i64 j = 0; j < count; j++) {
       if (!rows[j]) continue;
       const unsigned char* row = reinterpret_cast<const unsigned char*>(rows[j]);
-      const bool codes = KIND == INT8 || KIND == INT4 || KIND == INT2;
-      const float scale = codes || KIND == FP8 ? half_to_float(read_16(row)) : 1.f;
-      const float bias = codes ? half_to_float(read_16(row + 2)) : 0.f;
-      for (i64 k = 0; k < g.width; k += 16) {
-        Floats16 v;
-        if (KIND == FP16) v = halves(row + 2 * k);
-        else if (KIND == BF16) v = brain_halves(row + 2 * k);
-        else if (KIND == FP8) v = eighths(row + 2 + k) * scale;
-        else v = codes_of(KIND, row + 4, k) * scale + bias;
-        if (g.factor) v *= factors[j];
-        if (j && g.join == ADD) v = Lanes<16>::load(o + k) + v;
-        if (j && g.join == MUL) v = Lanes<16>::load(o + k) * v;
-        Lanes<16>::store(o + k, v);
-      }
+      const Line line = has_line(KIND) ? line_of(KIND, row) : Line{1.f, 0.f};
+      each_block<KIND, W>(row, width, line, [&](auto lanes, i64 k, auto v) {
+        if (!SINGLE) {
+          if (g.factor) v *= factors[j];
+          if (j && g.join == ADD) v = lanes.load(o + k) + v;
+          if (j && g.join == MUL) v = lanes.load(o + k) * v;
+        }
+        lanes.store(o + k, v);
+      });
     }
   });
-#endif
 }
 
-static void (*choose_decoder(i64 kind))(const Group&, const Found&, i64, const Matrix&) {
-  switch (kind) {
-    case FP16: return read_stored<FP16>;
-    case BF16: return read_stored<BF16>;
-    case INT8: return read_stored<INT8>;
-    case INT4: return read_stored<INT4>;
-    case INT2: return read_stored<INT2>;
-    default: return read_stored<FP8>;
+using ReadStored = void (*)(const Group&, const Found&, i64, const Matrix&);
+
+template <i64 KIND>
+static ReadStored decoder_of(const Group& g) {
+  if (g.count > 1 || g.factor) return read_stored<KIND, 0, false>;
+  switch (g.width) {
+    case 8: return read_stored<KIND, 8, true>;
+    case 16: return read_stored<KIND, 16, true>;
+    case 32: return read_stored<KIND, 32, true>;
+    case 64: return read_stored<KIND, 64, true>;
+    default: return read_stored<KIND, 0, true>;
+  }
+}
+
+static ReadStored choose_decoder(const Group& g) {
+  switch (g.kind) {
+    case FP16: return decoder_of<FP16>(g);
+    case BF16: return decoder_of<BF16>(g);
+    case INT8: return decoder_of<INT8>(g);
+    case INT4: return decoder_of<INT4>(g);
+    case INT2: return decoder_of<INT2>(g);
+    default: return decoder_of<FP8>(g);
   }
 }
 

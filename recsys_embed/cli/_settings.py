@@ -10,7 +10,7 @@ from typing import Any
 
 from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import ConfigError
-from recsys_embed.train.config import TrainConfig, read_settings
+from recsys_embed.train.config import PLANNED, TrainConfig, read_settings
 
 
 def split_settings(path: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -22,8 +22,12 @@ def split_settings(path: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, compare
 
 
-def train_config(settings: Mapping[str, Any], options: Mapping[str, Any], assignments: Sequence[str]) -> TrainConfig:
+def train_config(
+    settings: Mapping[str, Any], options: Mapping[str, Any], assignments: Sequence[str], *, planned: bool = False
+) -> TrainConfig:
     """Merge settings, options that were given (not None) and ``key=value`` texts, later ones winning.
+
+    With ``planned``, bytes without a method are planned for, as full tables do not fit in them.
 
     >>> train_config({"epochs": 1}, {"seed": 3}, ["epochs=2", "model_args.hidden=[8]"]).model_args
     {'hidden': [8]}
@@ -32,6 +36,8 @@ def train_config(settings: Mapping[str, Any], options: Mapping[str, Any], assign
     merged |= {k: v for k, v in options.items() if v is not None}
     for text in assignments:
         _merge(merged, parse_assignment(text))
+    if planned and "method" not in merged and not {"ratio", "budget"}.isdisjoint(merged):
+        merged["method"] = PLANNED
     return TrainConfig.from_dict(merged)
 
 

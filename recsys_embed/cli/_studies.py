@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from recsys_embed.cli._settings import names, say_few_steps, search_settings, tr
 from recsys_embed.core.footprint import format_bytes, parse_bytes
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.train import Interrupted, TrainConfig
+from recsys_embed.train.quality import AUC, Quality, metrics_text
 from recsys_embed.utils.files import drop_leftovers, write_json, write_text
 from recsys_embed.utils.settings import Settings
 from recsys_embed.utils.strict_json import read_object
@@ -63,7 +65,10 @@ def methods(
         str | None, typer.Option("--sampler", help="nsgaii, tpe, random, ... or evolution (OptEmbed's).")
     ] = None,
     objectives: Annotated[
-        str | None, typer.Option("--objectives", help="auc, or auc,bytes, or auc,bytes,latency.")
+        str | None,
+        typer.Option(
+            "--objectives", help="auc (rmse of real labels, ndcg of items), or auc,bytes, or auc,bytes,latency."
+        ),
     ] = None,
     proxy: Annotated[float | None, typer.Option("--proxy", help="Trials take this share of the steps.")] = None,
     check: Annotated[int, typer.Option("--check-proxy", help="Train this many trials in full, as a check.")] = 6,
@@ -202,7 +207,8 @@ def open_study(request: StudyRequest, folder: Path, *, must_exist: bool) -> Any:
 def _join(request: StudyRequest, folder: Path, quiet: bool) -> None:
     """Main function of an additional worker process."""
     try:
-        open_study(request, folder, must_exist=True).work(None if quiet else say)
+        study = open_study(request, folder, must_exist=True)
+        study.work(None if quiet else partial(say, study.quality.label))
     except Interrupted:
         sys.exit(EXIT_INTERRUPTED)
     except RecsysEmbedError as e:
@@ -211,15 +217,16 @@ def _join(request: StudyRequest, folder: Path, quiet: bool) -> None:
 
 def _work(study: Any, request: StudyRequest, folder: Path, workers: int, *, quiet: bool) -> None:
     spawn = multiprocessing.get_context("spawn")
+    told = None if quiet else partial(say, study.quality.label)
     others = [spawn.Process(target=_join, args=(request, folder, quiet)) for _ in range(workers - 1)]
     for process in others:
         process.start()
     try:
-        study.work(None if quiet else say)
+        study.work(told)
         for process in others:
             process.join()
         # Finish the trials of workers that died.
-        study.work(None if quiet else say)
+        study.work(told)
     except BaseException:
         for process in others:
             process.terminate()
@@ -227,12 +234,12 @@ def _work(study: Any, request: StudyRequest, folder: Path, workers: int, *, quie
         raise
 
 
-def say(trial: Any, number: int, total: int) -> None:
-    """Print one line per trial."""
+def say(label: str, trial: Any, number: int, total: int) -> None:
+    """Print one line per trial, of a quality that people call ``label``."""
     if trial.values is None:
         text = trial.user_attrs.get("reason", "failed")
     else:
-        text = f"AUC {trial.values[0]:.4f}  {format_bytes(trial.user_attrs['bytes'])}"
+        text = f"{label} {trial.values[0]:.4f}  {format_bytes(trial.user_attrs['bytes'])}"
     print(f"[{number}/{total}] trial {trial.number}, {short(trial.params)}: {text}", flush=True)
 
 
@@ -253,7 +260,7 @@ def _check(study: Any, count: int, *, quiet: bool) -> dict[str, Any] | None:
     from recsys_embed.search.studies.results import check_proxy
 
     def tell(number: int, proxy: float, full: float) -> None:
-        print(f"trial {number} in full: AUC {full:.4f} ({proxy:.4f} when short)", flush=True)
+        print(f"trial {number} in full: {study.quality.label} {full:.4f} ({proxy:.4f} when short)", flush=True)
 
     return check_proxy(study, count, None if quiet else tell)
 
@@ -268,32 +275,38 @@ def write_results(study: Any, folder: Path, checked: dict[str, Any] | None) -> d
         results = {
             "budgets": study.budgets,
             "full_bytes": study.full_bytes,
-            "front": front_of(rows),
+            "quality": study.quality.to_dict(),
+            "front": front_of(rows, study.quality),
             "importance": importance(study),
             "proxy": checked,
             "trials": rows,
         }
     write_json(folder / "results.json", results)
     write_text(folder / "front.md", table(results) + "\n")
-    plot_front(rows, folder / "front.png", study.budgets)
+    plot_front(rows, folder / "front.png", study.budgets, study.quality)
     return results
 
 
 def table(results: dict[str, Any]) -> str:
     """The Pareto front, parameter importances and the rank correlation of short with full training, as Markdown."""
     timed = any("latency" in r for r in results["front"])
+    quality = Quality.from_dict(results["quality"]) if "quality" in results else AUC
     lines = [
-        f"| trial | validation AUC | bytes | of full |{' lookup ms |' if timed else ''} plan |",
+        f"| trial | validation {quality.label} | bytes | of full |{' lookup ms |' if timed else ''} plan |",
         f"| ---: | ---: | ---: | ---: |{' ---: |' if timed else ''} --- |",
     ]
     for r in results["front"]:
         share, ms = r["bytes"] / results["full_bytes"], f" {r['latency']:.3f} |" if timed else ""
-        lines.append(f"| {r['trial']} | {r['auc']:.4f} | {r['bytes']:,} | {share:.1%} |{ms} {short(r['params'])} |")
+        lines.append(
+            f"| {r['trial']} | {r[quality.key]:.4f} | {r['bytes']:,} | {share:.1%} |{ms} {short(r['params'])} |"
+        )
     states = [r["state"] for r in results["trials"]]
     lines += ["", f"{states.count('complete')} trials complete, {states.count('pruned')} stopped or refused."]
     if results["importance"]:
         parts = sorted(results["importance"].items(), key=lambda kv: -kv[1])
-        lines.append("Importance for AUC: " + ", ".join(f"{k} {v:.0%}" for k, v in parts if v >= 0.005) + ".")
+        lines.append(
+            f"Importance for {quality.label}: " + ", ".join(f"{k} {v:.0%}" for k, v in parts if v >= 0.005) + "."
+        )
     if results["proxy"] is not None:
         value = results["proxy"]["spearman"]
         said = "undefined (all values equal)" if value is None else f"{value:.2f}"
@@ -332,7 +345,7 @@ def pick(
     with study.guarded():
         rows = rows_of(study)
     if under is not None:
-        row = best_under(rows, parse_bytes(under))
+        row = best_under(rows, parse_bytes(under), study.quality)
     else:
         found = [r for r in rows if r["trial"] == trial and r["params"]]
         if not found:
@@ -363,7 +376,7 @@ def pick(
     test = done.result.test
     print(f"trial {row['trial']}, {short(row['params'])}")
     if test is not None:
-        print(f" test: AUC {test.auc:.4f}  logloss {test.logloss:.4f}  ({test.samples:,} rows)")
+        print(f" test: {metrics_text(test)} ({test.samples:,} rows)")
     print(f"bytes: {format_bytes(done.footprint.serve)} of {format_bytes(done.full_bytes)}; run in {folder}")
     if file is not None:
         print(f"exported to {file}")

@@ -75,7 +75,7 @@ def table(
 
     Its columns are those of --schema, or those named by kind: --label click --categorical user,item --list tags
     --numeric price --time ts. Killed conversions continue when the same command is run again. With --like DIR rows get
-    the ids of that folder and go to one split (test unless --only says otherwise).
+    the ids of that folder; all are the split test unless --only or --split says otherwise.
     """
     if len(inputs) < 2:
         raise typer.BadParameter("expected FILES... and OUT", param_hint="FILES... OUT")

@@ -64,7 +64,7 @@ def compare(
 ) -> int:
     """Train methods with the same settings and bytes, and print AUC, logloss, bytes and speed of each.
 
-    Of models that find items, such as twotower, also recall@k and NDCG@k.
+    Of retrieval models, such as twotower, also recall@k and NDCG@k.
 
     OUT gets results.json, table.md, pareto.png and a file per row; a comparison that was stopped resumes there.
     """

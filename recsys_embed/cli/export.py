@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from zipfile import is_zipfile
 
 import typer
@@ -15,6 +15,10 @@ from recsys_embed.cli import _options as opt
 from recsys_embed.cli._target import load_target
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.errors import ConfigError
+from recsys_embed.utils.strict_json import read_object
+
+if TYPE_CHECKING:
+    from recsys_embed.train import TrainConfig
 
 
 def export(
@@ -40,7 +44,8 @@ def export(
     data: Annotated[
         Path | None,
         typer.Option(
-            "--data", help="Folder made by 'recsys-embed data': AUC (NDCG@10) before and after; its encoders are kept."
+            "--data",
+            help="Folder of 'recsys-embed data': AUC, RMSE or NDCG before and after; its encoders are kept.",
         ),
     ] = None,
     encoders: Annotated[
@@ -79,14 +84,15 @@ def export(
         found = load(source, backend="torch")
     elif source is not None and data is not None:
         check_run_data(source, data)
+    how = _settings(found)
     report = write(
         found,
         out,
         precision,  # type: ignore[arg-type]
         prune=prune,
         search=search,  # type: ignore[arg-type]
-        evaluate=None if data is None else _quality(data, split),
-        metric=f"{split} {'NDCG@10' if _finds_items(found) else 'AUC'}",
+        evaluate=None if data is None else _quality(data, split, how),
+        metric=f"{split} {_metric(found, how)}",
         encoders=_encoders(found, data) if encoders else False,
     )
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
@@ -103,32 +109,55 @@ def _encoders(found: Any, data: Path | None) -> Path | None:
     return data if isinstance(found, CTRModel) and found.scorer is None else None
 
 
-def _finds_items(found: Any) -> bool:
-    """Whether a model, or that of a run, finds items."""
+def _metric(found: Any, how: TrainConfig) -> str:
+    """What a model, or that of a run, is measured by."""
     from recsys_embed.models import RetrievalModel, list_models
-    from recsys_embed.models.base import MODELS
-    from recsys_embed.train.config import read_settings
+    from recsys_embed.train.quality import quality_of
+
+    if isinstance(found, RetrievalModel):
+        return f"NDCG@{how.top_k[0]}"
+    return quality_of(how).label if how.model in list_models() else "AUC"
+
+
+def _settings(found: Any) -> TrainConfig:
+    """The settings of a run, or of a search, by which its metrics were told; the default ones of other models."""
+    from recsys_embed.train.config import TrainConfig, read_settings
 
     if not isinstance(found, Path):
-        return isinstance(found, RetrievalModel)
-    settings = (found if found.is_dir() else found.parent) / "config.json"
-    key = read_settings(settings).get("model") if settings.exists() else None
-    return key in list_models() and issubclass(MODELS[str(key)], RetrievalModel)
+        return TrainConfig()
+    folder = found if found.is_dir() else found.parent
+    if (folder / "config.json").exists():
+        return TrainConfig.from_dict(read_settings(folder / "config.json"))
+    known = read_object(folder / "search.json") if (folder / "search.json").exists() else {}
+    return TrainConfig.from_dict(known.get("identity", {}).get("train", {}))
 
 
-def _quality(folder: Path, split: str) -> Callable[[Any], float]:
-    """A function that measures a model on a split of a data folder: AUC, or NDCG@10 of one that finds items."""
+def _quality(folder: Path, split: str, how: TrainConfig) -> Callable[[Any], float]:
+    """A function that measures a model on a split of a data folder as its run did: AUC, RMSE of real labels, or NDCG of
+    a retrieval model."""
     from recsys_embed.data import open_dataset
     from recsys_embed.train import evaluate
 
     dataset = open_dataset(folder)
     if split not in dataset.splits:
         raise ConfigError(f"--split must be one of {', '.join(dataset.splits)}; got {split!r}")
+    seen: Any = {}
 
     def measure(model: Any) -> float:
-        metrics = evaluate(model, dataset, split)
+        metrics = evaluate(
+            model,
+            dataset,
+            split,
+            top_k=how.top_k,
+            exclude_seen=how.exclude_seen,
+            seen=seen,
+            batch_size=how.eval_batch_size,
+            loss="squared_error" if how.loss == "squared_error" else "logloss",
+        )
+        if metrics is not None and metrics.rmse is not None:
+            return metrics.rmse
         if metrics is not None and metrics.ndcg:
-            return metrics.ndcg[10]
+            return metrics.ndcg[how.top_k[0]]
         if metrics is None or math.isnan(metrics.auc):
             raise ConfigError(
                 f"the {dataset.rows(split):,} rows of split {split!r} of {folder} are of one class, so there is no "

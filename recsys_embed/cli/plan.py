@@ -22,6 +22,7 @@ from recsys_embed.optim import list_rules
 from recsys_embed.plan import Plan
 from recsys_embed.planning import describe_changes, plan_for_budget, size_in_words
 from recsys_embed.planning.explain import SHARED_WITHOUT_NETWORK
+from recsys_embed.utils.files import write_text
 from recsys_embed.utils.strict_json import read_object, strict_json
 
 if TYPE_CHECKING:
@@ -38,6 +39,12 @@ Network = Annotated[
         "--network/--no-network",
         help="Whether a network reads every vector beside many others, so that ids may share rows; by default found "
         "out from the model's layers or, of a schema, true from eight features on.",
+    ),
+]
+Precisions = Annotated[
+    str,
+    typer.Option(
+        "--precision", help="Of served rows: auto, or one or more of fp32, fp16, bf16, fp8, int8, int4, int2."
     ),
 ]
 
@@ -66,12 +73,7 @@ def plan(
         int | None,
         typer.Option("--itemsize", help="Bytes per number; by default those of the model's tables, else 4."),
     ] = None,
-    precision: Annotated[
-        str,
-        typer.Option(
-            "--precision", help="Of served rows: auto, or one or more of fp32, fp16, bf16, fp8, int8, int4, int2."
-        ),
-    ] = "fp32",
+    precision: Precisions = "fp32",
     methods: Annotated[
         str | None, typer.Option("--methods", help="Keys to choose from, comma-separated; all by default.")
     ] = None,
@@ -108,8 +110,6 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> int:
     """Choose a method and a size for every table, within a byte budget, and explain each choice."""
-    from recsys_embed.utils.files import write_text
-
     model = opt.model_factory(factory, model)
     features, source, known = _features(data, schema, model, stats, embedding_dim)
     cluster = _cluster(world_size, hosts, hbm, batch_size)

@@ -17,6 +17,7 @@ from recsys_embed.models import vector_models
 from recsys_embed.report.search_curves import plot_curves
 from recsys_embed.search import Search, SearchOutcome, list_searches, run_search
 from recsys_embed.train import Interrupted
+from recsys_embed.train.quality import metrics_text
 
 EXIT_INTERRUPTED = 130
 DEFAULT_DECAY = 1e-3
@@ -114,7 +115,7 @@ def render(outcome: SearchOutcome, folder: Path) -> str:
     lines = []
     for split, m in (("valid", outcome.result.valid), ("test", outcome.result.test)):
         if m is not None:
-            lines.append(f"{split:>5}: AUC {m.auc:.4f}  logloss {m.logloss:.4f}  ({m.samples:,} rows)")
+            lines.append(f"{split:>5}: {metrics_text(m)} ({m.samples:,} rows)")
     serve = outcome.footprint.serve
     lines.append(
         f"bytes: {format_bytes(serve)} of {format_bytes(outcome.full_bytes)}, compression "

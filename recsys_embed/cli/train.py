@@ -20,6 +20,7 @@ from recsys_embed.train.config import PLANNED
 from recsys_embed.train.driver import RunOutcome
 from recsys_embed.train.json_values import footprint_dict, json_ready
 from recsys_embed.train.plans import on_top_of
+from recsys_embed.train.warm_start import settings_of_run
 from recsys_embed.utils.types import JSON
 
 EXIT_INTERRUPTED = 130
@@ -34,9 +35,16 @@ def train(
         Path | None, typer.Option("--out", help="Run folder; default runs/train/MODEL-METHOD-sSEED.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's checkpoint.")] = False,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--start-from",
+            help="Folder of a finished run, or its model.pt: train its model on, by its settings where none are given.",
+        ),
+    ] = None,
     model: opt.Model = None,
     method: Annotated[
-        str | None, typer.Option("--method", help="How embeddings are stored, e.g. full, hash, unified, planned.")
+        str | None, typer.Option("--method", help="How embeddings are stored; default full, planned under a budget.")
     ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Plan of 'recsys-embed plan --out', instead of --method.")
@@ -68,11 +76,7 @@ def train(
     """
     from recsys_embed.data import open_dataset
 
-    # A torchrun group of one process counts too: it can resume a run of several processes.
-    together = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if shard is not None and not together:
-        raise ConfigError("--shard goes with several processes: torchrun --nproc-per-node N -m recsys_embed train ...")
-
+    together = _together(shard, start_from)
     if plan is not None and method not in (None, PLANNED):
         raise ConfigError(f"give either --plan or --method; got {plan} and {method!r}")
     options = {
@@ -89,7 +93,8 @@ def train(
         "patience": patience,
         "seed": seed,
     }
-    settings = train_config(split_settings(config)[0], options, assign or [])
+    earlier = {} if start_from is None else settings_of_run(start_from)
+    settings = train_config({**earlier, **split_settings(config)[0]}, options, assign or [], planned=True)
     folder = out or Path("runs/train") / f"{settings.model}-{settings.method}-s{settings.seed}"
     dataset = open_dataset(data)
     speaks = os.environ.get("RANK", "0") == "0"
@@ -102,7 +107,7 @@ def train(
 
             outcome = run_sharded(settings, dataset, kinds=shard, **keep)
         else:
-            outcome = run_training(settings, dataset, **keep)
+            outcome = run_training(settings, dataset, start_from=start_from, **keep)
     except Interrupted as e:
         if speaks:
             print(f"recsys-embed: {e}", file=sys.stderr)
@@ -114,12 +119,27 @@ def train(
 
         report = write(folder, export_to)
         print(report, file=sys.stderr if as_json else sys.stdout)
-    summary = summarise(outcome)
-    print(json.dumps({**summary, "folder": str(folder)}, indent=2) if as_json else render(summary, folder))
     extra = on_top_of(dataset.schema(settings.embedding_dim), settings)
+    _tell(summarise(outcome), folder, extra, as_json)
+    return 0
+
+
+def _tell(summary: dict[str, Any], folder: Path, extra: int, as_json: bool) -> None:
+    """Print a finished run, with the bytes that come on top of its plan."""
+    print(json.dumps({**summary, "folder": str(folder)}, indent=2) if as_json else render(summary, folder))
     if extra and not as_json:
         print(f"first-order weights (linear tables), {format_bytes(extra)}, come on top of the plan")
-    return 0
+
+
+def _together(shard: str | None, start_from: Path | None) -> bool:
+    """Whether several processes train together."""
+    # A torchrun group of one process counts too: it can resume a run of several processes.
+    together = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if shard is not None and not together:
+        raise ConfigError("--shard goes with several processes: torchrun --nproc-per-node N -m recsys_embed train ...")
+    if start_from is not None and together:
+        raise ConfigError("--start-from goes with one process: train without torchrun")
+    return together
 
 
 def summarise(outcome: RunOutcome) -> dict[str, Any]:

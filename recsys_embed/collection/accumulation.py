@@ -10,6 +10,7 @@ from weakref import ref
 from torch.optim import Optimizer
 
 from recsys_embed.collection.optimizer_watch import Backwards
+from recsys_embed.utils.dynamo import uncompiled
 
 # An optimizer that makes no step for so many backwards is not looked at any longer.
 _FORGOTTEN_AFTER = 64
@@ -111,6 +112,7 @@ class BackwardCount:
         with self._lock:
             self._count += 1
 
+    @uncompiled
     def after_backward(self) -> None:
         """Compare the gradients with those before the lookup, and remember them until the step."""
         with self._lock:

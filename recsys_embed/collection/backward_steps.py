@@ -16,6 +16,7 @@ from recsys_embed.collection.optimizer_watch import WAY_OUT
 from recsys_embed.collection.scaled_losses import is_scaled
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim.replicas import active_replica, refuse_sharding
+from recsys_embed.utils.dynamo import in_compiled_autograd, uncompiled
 
 _WATCHED = 2
 """Backwards that step when they end: a gradient that reaches a table outside a lookup is then refused before any
@@ -72,7 +73,7 @@ class BackwardSteps:
             deferred: several parts of its backward update one storage, so that their gradients are collected.
         """
         # Checkpointing runs a backward of its own for what it looks up again.
-        refuse_scaled()
+        _refuse_backward()
         task = torch._C._current_graph_task_id()
         if 0 <= task == self._stepped_in:
             raise ConfigError(
@@ -96,7 +97,7 @@ class BackwardSteps:
         Raises:
             ConfigError: the tables have changed since the lookup, so that a step would be another than torch's.
         """
-        refuse_scaled()
+        _refuse_backward()
         _refuse_again(record.again_in)
         task = torch._C._current_graph_task_id()
         if record.outer not in (-1, task):
@@ -112,16 +113,7 @@ class BackwardSteps:
         first = not record.stepped
         if first and not record.deferred:
             with self._lock:
-                record.deferred = (
-                    self.watched
-                    or task in self._collected
-                    or any(
-                        other is not record
-                        and not other.stepped
-                        and (other.thread, other.steps_before) == (record.thread, record.steps_before)
-                        for other in self._open
-                    )
-                )
+                record.deferred = self.watched or task in self._collected or self._others_may_follow(record)
         record.stepped.update(parts)
         if record.deferred:
             self._deferred_in = task
@@ -129,10 +121,18 @@ class BackwardSteps:
             self._count(record.thread, task)
         return record.deferred
 
+    def _others_may_follow(self, record: LookupRecord) -> bool:
+        """Whether the backward that has come to a lookup may come to others that read the same tables."""
+        # Of any thread: the one that runs this backward may have waited for others to look up.
+        return any(
+            other is not record and not other.stepped and other.steps_before == self._taken.get(other.thread, 0)
+            for other in self._open
+        )
+
     def collect(self, gradients: Mapping[str, Tensor | None]) -> None:
         """Add to the gradients by which the running backward steps the optimizer when it ends."""
         task, thread = torch._C._current_graph_task_id(), threading.get_ident()
-        refuse_scaled()
+        _refuse_backward()
         if task < 0:  # an operator that is called outside a backward
             self._apply({name: g for name, g in gradients.items() if g is not None})
             return
@@ -166,7 +166,7 @@ class BackwardSteps:
         Raises:
             ConfigError: says so, or that the loss is scaled, or that an optimizer runs several backwards.
         """
-        refuse_scaled()
+        _refuse_backward()
         _refuse_again(self._again_in)
         task = self._compiled_task()
         if task >= 0 and task in (self._stepped_in, self._deferred_in):
@@ -184,6 +184,7 @@ class BackwardSteps:
         """A lookup of compiled code steps its tables."""
         self._count(threading.get_ident(), self._compiled_task())
 
+    @uncompiled
     def _end(self, task: int) -> None:
         with self._lock:
             self._outer = {inner: outer for inner, outer in self._outer.items() if outer != task}
@@ -203,8 +204,8 @@ class BackwardSteps:
             torch.autograd.Variable._execution_engine.queue_callback(self.count.after_backward)
 
 
-def refuse_scaled() -> None:
-    """Refuse the running backward where it began at a loss that a gradient scaler has scaled.
+def _refuse_backward() -> None:
+    """Refuse the running backward where it began at a loss that a gradient scaler has scaled, or has no end.
 
     Raises:
         ConfigError: says so.
@@ -212,6 +213,11 @@ def refuse_scaled() -> None:
     if is_scaled(torch._C._current_graph_task_id()):
         raise ConfigError(
             f"a GradScaler scales the loss, and these tables step in backward, by the scaled gradients; {WAY_OUT}"
+        )
+    if in_compiled_autograd():
+        raise ConfigError(
+            "compiled autograd runs this backward, and leaves out what these tables, which step in backward, do at its "
+            f"end; {WAY_OUT}"
         )
 
 

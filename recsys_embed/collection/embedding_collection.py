@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -19,7 +19,7 @@ from recsys_embed.collection.torch_features import unknown_transforms
 from recsys_embed.core import config_state as _state
 from recsys_embed.core import hashing
 from recsys_embed.core.footprint import Footprint
-from recsys_embed.core.program import LookupProgram
+from recsys_embed.core.program import LookupProgram, Table
 from recsys_embed.embedding.module_tables import STORED_UNSEEN
 from recsys_embed.errors import BackendError, ConfigError, raise_faults
 from recsys_embed.features import Schema
@@ -137,7 +137,7 @@ class EmbeddingCollection(FusedTables):
         storage, offset = self.places[key]
         if self.served is not None and storage in self.served:
             return self.served[storage].dense(offset, self.tables[key].rows)
-        weight: Tensor = getattr(self, storage)
+        weight = self._table(storage)
         # Changes of a table that a fused optimizer steps are no part of a graph.
         weight = weight if self.optimizer is None else weight.detach()
         return weight[offset : offset + self.tables[key].rows]
@@ -287,7 +287,10 @@ class EmbeddingCollection(FusedTables):
                 )
             return out if mask is None or masking is None or inside else mask.through(masking, out, ids)
         if mask is not None:
-            raise ConfigError("`mask` is for one id per sample and feature, ids [B, F]; got bags")
+            raise ConfigError(
+                "`mask` is for one id per sample and feature, ids [B, F]; got bags, whose rows a "
+                "recsys_embed.search.Supernet masks before they are pooled"
+            )
         given = bundle.given(ids, self) if isinstance(ids, Mapping) else ids
         bags = to_bags(self.schema, given, offsets, per_sample_weights)
         batched = self._batched_tables(bundle.batched_bags, bags.values)
@@ -363,13 +366,17 @@ class EmbeddingCollection(FusedTables):
         index = sum(store.nbytes for store in self.modules() if isinstance(store, IndexStore))
         gradient = sum(p.nbytes for p in unfused_parameters(self))
         served = sum((m.footprint() for m in self.modules() if isinstance(m, StoredTables)), Footprint())
-        unrounded = 0
-        for key, place in self.places.items():
-            held = self._parameters.get(place.storage)
-            if held is not None:
-                size = held.element_size()
-                unrounded += size * self.tables[key].elements - self.tables[key].nbytes(size)
+        unrounded = sum(size * table.elements - table.nbytes(size) for table, size in self._held_tables())
         return served + Footprint(weights - unrounded, index, state, gradient, unrounded)
+
+    def _held_tables(self) -> Iterator[tuple[Table, int]]:
+        """Tables that parameters hold, of rows and of heads, with the bytes of their elements."""
+        if self.served is not None:
+            return
+        of_heads = self.bundle.heads.tables()
+        for key, table in self.tables.items():
+            held = of_heads[key] if table.dense else getattr(self, self.places[key].storage)
+            yield table, held.element_size()
 
     def _identity(self) -> JSON:
         features = self.schema.to_dict()["features"]

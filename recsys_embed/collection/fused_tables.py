@@ -29,12 +29,14 @@ from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.recording import refuse_scripting
 from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, fused_optimizer
 from recsys_embed.optim.replicas import inside_fsdp
+from recsys_embed.utils.dynamo import uncompiled
 from recsys_embed.utils.types import JSON
 
 # What copies and pickles start anew.
 _LEFT_BEHIND = (
     "_backward_steps", "_replicas", "_torch_optimizer", "_dense", "_schedules", "_looked", "_handle", "_compiled_at",
-    "_compiled_lookups", "_passed_over", "warned", "_told_of_eval", "_read_in_eval",
+    "_compiled_lookups", "_passed_over", "_told_of_given", "_have_dense_gradients",
+    "warned", "_told_of_eval", "_read_in_eval",
 )  # fmt: skip
 
 
@@ -234,10 +236,11 @@ class FusedTables(TablesOfAnOptimizer):
             if table.requires_grad:
                 refuse_parts(table)
 
+    @uncompiled
     @torch.no_grad()
     def _update(self, storage: str, record: LookupRecord, weight: Tensor, rows: Tensor, grad: Tensor) -> None:
         """What a gather by torch's operations does in backward."""
-        if self.optimizer is None:
+        if self.optimizer is None or not weight.requires_grad:  # frozen since the lookup
             return
         self._check_owned([weight], [storage], grad)
         self._check_finite([grad])
@@ -245,14 +248,20 @@ class FusedTables(TablesOfAnOptimizer):
             self._backward_steps.collect({storage: _part_of_step(rows, grad, weight)})
             return
         with self._lock:
+            self._refuse_writes()
             log, kernels = self._step_logs[storage], self.backend in ("native", "triton")
             log.advance(self.optimizer, self._rate)
             with self._step_or_none([storage]):
                 apply_update(self.optimizer, weight, self._state(storage), rows, grad, log, kernels)
+            self._note_writes()
 
     @torch.no_grad()
     def step_rows(self, storage: str, rows: Tensor, grad: Tensor, table: Tensor, states: Sequence[Tensor]) -> None:
         """What a compiled gather does in backward: its gradients are part of a step, or are left for ``step()``."""
+        self._forget_writes()
+        own = self._parameters[storage]
+        if own is None or not own.requires_grad:  # frozen since the lookup
+            return
         gradient = _part_of_step(rows, grad, table) if self._in_backward else RowGradient(rows, grad, table.shape[0])
         self._leave({storage: gradient})
 
@@ -268,22 +277,25 @@ class FusedTables(TablesOfAnOptimizer):
             self._replicas.after_gradient()
 
     def catch_up_rows(self, storage: str, rows: Tensor, table: Tensor, states: Sequence[Tensor]) -> None:
-        """Apply the steps missed by rows of ``table``, in place; -1 is no row."""
-        self._replay(storage, rows, table, dict(zip(self._keys, states, strict=True)))
+        """What a compiled gather does first: apply the steps missed by rows of ``table``; -1 is no row."""
+        with self._by_compiled_code():
+            self._replay(storage, rows, table, dict(zip(self._keys, states, strict=True)))
 
     def _compiled_gather(self, storage: str, rows: Tensor, partial_rows: bool) -> Tensor:
         states = list(self._state(storage).values())
         lazy = self.optimizer is not None and self.optimizer.lazy
-        return gather(rows, getattr(self, storage), states, partial_rows, storage, self._handle, lazy)
+        return gather(rows, self._table(storage), states, partial_rows, storage, self._handle, lazy)
 
     @torch.no_grad()
     def _apply_collected(self, collected: Mapping[str, Tensor]) -> None:
         """Step the optimizer by the gradients of all lookups of a backward."""
         self._compiled_lookups = 0
         with self._lock:
+            self._refuse_writes()
             for name in self.storages:
                 if name in collected:
                     self._step_rows(name, collected[name])
+            self._note_writes()
 
     def _native_step(self, record: LookupRecord | None, collects: bool) -> NativeStep:
         """What kernels do for a lookup, before it and in its backward."""
@@ -292,6 +304,8 @@ class FusedTables(TablesOfAnOptimizer):
         update = None if record is None else partial(self._update_native, record)
         return NativeStep(self._catch_up_native, update, states, self._handle, lazy, collects)
 
+    # Torch's compiler also compiles what a backward calls in a function that it compiles, such as a whole train step.
+    @uncompiled
     @torch.no_grad()
     def _update_native(
         self,
@@ -331,12 +345,14 @@ class FusedTables(TablesOfAnOptimizer):
         if self.optimizer is None:
             return
         with self._lock:
+            self._refuse_writes()
             for name in trained if counts else ():
                 self._step_logs[name].advance(self.optimizer, self._rate)
             frozen = [i for i, name in enumerate(self.storages) if name not in trained]
             logs, by_storage = self._all_step_logs, self._by_storage(states)
             with self._step_or_none(trained if counts else ()):
                 lookup.update(ids, tables, grads, kept, self.optimizer, by_storage, logs, frozen)
+            self._note_writes()
 
     @torch.no_grad()
     def step_native(
@@ -364,8 +380,10 @@ class FusedTables(TablesOfAnOptimizer):
             self._compiled_lookups = 0
             self._backward_steps.stepped_by_compiled_code()
             trained = [name for name, want in zip(self.storages, wanted, strict=True) if want]
-            self._step_native(lookup, ids, tables, states, grads, kept, trained)
+            with self._by_compiled_code():
+                self._step_native(lookup, ids, tables, states, grads, kept, trained)
             return
+        self._forget_writes()  # compiled code writes the tables back, whatever happens here
         found = lookup.gradients(ids, tables, grads, kept, "rows", wanted)
         self._leave(dict(zip(self.storages, found, strict=True)))
 

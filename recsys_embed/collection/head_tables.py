@@ -46,12 +46,12 @@ class HeadTables(Constants):
     """Heads of features by position in the schema.
 
     The parameters are modules of whoever owns the heads, so that they keep their names in its state dict: tables of one
-    shape that stack are one parameter, features in schema order; others belong to their feature.
+    shape and precision that stack are one parameter, features in schema order; others belong to their feature.
 
     Args:
         programs: of the features that have one, by name.
         optional: per feature of the schema, whether the id -1 is none.
-        stacked: filled with a parameter ``[features, rows, width]`` per shape ``"{rows}x{width}"``.
+        stacked: filled with a parameter ``[features, rows, width]`` per shape ``"{rows}x{width}"`` and precision.
         own: filled with a :class:`DenseTables` per feature whose head's tables do not stack.
         own_name: of a feature in ``own``.
         options: device and dtype.
@@ -90,9 +90,10 @@ class HeadTables(Constants):
                 self.members[_named(program)].append(i)
             else:
                 own[own_name(spec.table_name)] = DenseTables(shapes, **options)
-        for shape, members in self.members.items():
-            sizes = (int(n) for n in shape.split("x"))
-            stacked[shape] = nn.Parameter(torch.empty(len(members), *sizes, **options))
+        for name, members in self.members.items():
+            program = self.programs[schema.names[members[0]]]
+            sizes = program.table(program.head.tables[0]).shape if program.head is not None else ()
+            stacked[name] = nn.Parameter(torch.empty(len(members), *sizes, **options))
         self._parts: dict[str, _Part] = {}
 
     def add(self, key: str, features: Sequence[int]) -> bool:
@@ -183,5 +184,6 @@ class HeadTables(Constants):
 
 def _named(program: LookupProgram) -> str:
     """Name of the parameter in which the table of a head that stacks lies."""
-    (table,) = () if program.head is None else program.head.tables
-    return "x".join(map(str, program.table(table).shape))
+    (name,) = () if program.head is None else program.head.tables
+    table = program.table(name)
+    return "x".join(map(str, table.shape)) + ("" if table.precision == "fp32" else f"_{table.precision}")

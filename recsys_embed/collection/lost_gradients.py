@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol
 from weakref import ref
@@ -18,6 +19,8 @@ class LooksUpAlone(Protocol):
 
     @property
     def takes_no_gradient(self) -> bool: ...
+
+    def refuse_stale(self, table: Tensor) -> None: ...
 
 
 def refuse_outside_lookups(tables: LooksUpAlone, parameters: Sequence[nn.Parameter | None]) -> None:
@@ -37,7 +40,10 @@ def _hook(tables: ref[LooksUpAlone]) -> Callable[[Tensor], None]:
         if parameter.grad is None:  # of a lookup, which has stepped the table
             return
         owner = tables()
-        if owner is None or not owner.takes_no_gradient:
+        if owner is None:
+            return
+        if not owner.takes_no_gradient:
+            owner.refuse_stale(parameter)
             return
         lost, parameter.grad = parameter.grad, None
         if not lost.any():  # 0 * parameter.sum() keeps a parameter in the graph
@@ -76,6 +82,18 @@ def refuse_given(tables: Sequence[Tensor], optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} holds tables that step in backward, and would step them by another rule and "
             f"the gradient in their .grad; set that to None, or {WAY_OUT}"
         )
+
+
+def tell_of_given(tables: Sequence[Tensor]) -> bool:
+    """Warn of gradients that were put into ``.grad`` of tables that step in backward; whether there were any."""
+    if not any(t.grad is not None and bool(t.grad.any()) for t in tables):
+        return False
+    warnings.warn(
+        "a gradient was put into .grad of tables that step in backward, by the gradients of their lookups alone, and "
+        f"nothing steps them by it; set it to None, or {WAY_OUT}",
+        stacklevel=7,
+    )
+    return True
 
 
 def _holds(optimizer: Optimizer, tables: Sequence[Tensor]) -> bool:

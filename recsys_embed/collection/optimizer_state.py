@@ -54,14 +54,15 @@ def without_state() -> bool:
 def optimizer_entries(names: Iterable[str]) -> list[str]:
     """Names among those of a collection's state dict, without its prefix, that are of optimizer state."""
     names = list(names)
-    storages = tuple(n.removesuffix(STEPS) for n in names if n.endswith(f"_{STEPS}") and "." not in n)
-    return [n for n in names if "." not in n and n.startswith(storages)] if storages else []
+    starts = tuple(n.removesuffix(STEPS) for n in names if n.endswith(f"_{STEPS}") and "." not in n)
+    return [n for n in names if "." not in n and n.startswith(starts) and f"{n}_" not in starts] if starts else []
 
 
 def forget_state(state_dict: dict[str, object], prefix: str, storages: tuple[str, ...]) -> None:
     """Drop the entries of optimizer state, which tables without a fused optimizer do not have."""
     starts = tuple(f"{prefix}{storage}_" for storage in storages)
-    for key in [k for k in state_dict if k.startswith(starts) and "." not in k[len(prefix) :]]:
+    tables = {f"{prefix}{storage}" for storage in storages}
+    for key in [k for k in state_dict if k.startswith(starts) and k not in tables and "." not in k[len(prefix) :]]:
         del state_dict[key]
 
 

@@ -20,6 +20,8 @@ from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native import row_steps
 from recsys_embed.optim import FusedOptimizer, FusedTableOptimizer, RowGradient, rows_of
 from recsys_embed.optim.replicas import Replicas
+from recsys_embed.optim.row_gradient import is_dense
+from recsys_embed.utils.dynamo import in_compiled_autograd
 
 
 def nobody() -> None:
@@ -47,7 +49,9 @@ class TablesOfAnOptimizer(TablesWithState):
         self._torch_optimizer: Callable[[], object] = nobody
         self._dense: Callable[[], object] = nobody
         # Whether a step of torch's has come while gradients waited for an optimizer that is not there.
-        self._passed_over = False
+        self._passed_over = self._told_of_given = False
+        # Tables whose gradient was dense before the last lookup already.
+        self._have_dense_gradients: frozenset[int] = frozenset()
 
     @property
     def takes_no_gradient(self) -> bool:
@@ -61,6 +65,8 @@ class TablesOfAnOptimizer(TablesWithState):
 
     def before_lookup(self) -> None:
         """Before a lookup with gradients: replicas of the tables share them, or the lookup is refused."""
+        if not self._in_backward:
+            self._have_dense_gradients = frozenset(id(t) for t in self._weights() if is_dense(t.grad))
         if self._passed_over and self._torch_optimizer() is None:
             lost_gradients.refuse_lost(self._weights(), "the optimizer's that has stepped since")
         if self._replicas is not None:
@@ -140,6 +146,7 @@ class TablesOfAnOptimizer(TablesWithState):
         if self._in_backward:
             if self.takes_no_gradient:
                 lost_gradients.refuse_given(tables, optimizer)
+                self._told_of_given = self._told_of_given or lost_gradients.tell_of_given(tables)
             return
         lost_gradients.refuse_foreign(tables, optimizer)
         if self._dense() is optimizer and self._torch_optimizer() is None:
@@ -149,6 +156,18 @@ class TablesOfAnOptimizer(TablesWithState):
         """A step of an optimizer of torch has ended."""
         if not self._in_backward:
             self._passed_over = self._torch_optimizer() is None and any(t.grad is not None for t in self._weights())
+
+    def refuse_stale(self, table: Tensor) -> None:
+        """Refuse a gradient that came from outside a lookup, of a table that has been read with deferred steps."""
+        if in_compiled_autograd():  # where gradients of lookups are dense
+            return
+        if self._has_missed_steps and id(table) not in self._have_dense_gradients and is_dense(table.grad):
+            table.grad = None
+            raise ConfigError(
+                "a loss reads a table that somebody holds, outside a lookup, while steps of its rows are deferred "
+                "(rows='all'); call catch_up_() of the collection before, or take the table from model.parameters() "
+                "or the collection each time"
+            )
 
     def _check_finite(self, gradients: Sequence[Tensor]) -> None:
         """Refuse gradients that are not finite, where ``check_finite`` asks for it, before a table changes."""
@@ -168,6 +187,7 @@ class TablesOfAnOptimizer(TablesWithState):
         """
         if self.optimizer is not None and rule.tensors != self.optimizer.tensors:
             raise ConfigError(f"{rule} keeps other state than {self.optimizer}; build the collection with it")
+        self._refuse_writes()
         for name, weight in zip(self.storages, self._weights(), strict=True):
             if self.check_finite and weight.grad is not None:
                 self._check_finite([rows_of(weight.grad)[1]])
@@ -207,10 +227,11 @@ class TablesOfAnOptimizer(TablesWithState):
                 ]
                 with self._step_or_none(stepped):
                     source.step(rule, self._by_storage(list(self._all_states().values())), self._all_step_logs)
-                return
-            for name, gradient in zip(self.storages, gradients, strict=True):
-                if gradient is not None:
-                    self._step_rows(name, gradient)
+            else:
+                for name, gradient in zip(self.storages, gradients, strict=True):
+                    if gradient is not None:
+                        self._step_rows(name, gradient)
+            self._note_writes()
 
     def steps_taken(self, steps: Mapping[str, int] | None = None) -> dict[str, int]:
         """Steps of each storage so far; sets them where given, together with states that have no missed steps."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 import sys
 import threading
-from collections.abc import Callable, ItemsView, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 from typing import Any, Self, cast
@@ -26,6 +27,7 @@ from recsys_embed.collection.optimizer_state import (
     take_state,
     without_state,
 )
+from recsys_embed.collection.writes import note_writes, refuse_writes
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.derivatives import catching_up
@@ -127,9 +129,14 @@ class TablesWithState(nn.Module):
             self.__dict__["_parameters"] = listed
         self._own_parameters()
 
+    def __setstate__(self, state: JSON) -> None:
+        super().__setstate__(state)
+        self._forget_writes()
+
     def _own_parameters(self) -> None:
         """Remember which tensors are this module's, for others may stand in their place while it runs."""
         self.__dict__["_owned"] = tuple(self._parameters.get(name) for name in self.storages)
+        self._forget_writes()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Sums of squares overflow half precision and stall bfloat16, so state keeps float32 whatever weights become.
@@ -151,8 +158,13 @@ class TablesWithState(nn.Module):
         held = self._parameters  # as attributes torch finds them last of all, ten times slower
         return [held[name] if name in held else getattr(self, name) for name in self.storages]  # type: ignore[misc]
 
+    def _table(self, storage: str) -> Tensor:
+        """A storage, whose rows may have deferred steps."""
+        weight: Tensor | None = self._parameters.get(storage)
+        return getattr(self, storage) if weight is None else weight
+
     def _weight(self, storage: str) -> Tensor:
-        weight: Tensor = getattr(self, storage)
+        weight = self._table(storage)
         return weight.detach() if self._constant else weight
 
     @property
@@ -173,7 +185,7 @@ class TablesWithState(nn.Module):
         """Reset the optimizer state of storages, by default of all, to that before the first step."""
         for name in self.storages if storages is None else storages:
             for key in self._keys:
-                state, weight = getattr(self, f"{name}_{key}"), getattr(self, name)
+                state, weight = getattr(self, f"{name}_{key}"), self._table(name)
                 if state.device != weight.device:
                     # Weights were assigned to a module built on the meta device.
                     state = torch.empty_like(state, device=weight.device)
@@ -203,32 +215,63 @@ class TablesWithState(nn.Module):
         """Whether rows may have missed steps."""
         return self.optimizer is not None and self.optimizer.lazy and any(p.rates for p in self._all_step_logs)
 
+    def _refuse_writes(self) -> None:
+        if self._has_missed_steps:
+            refuse_writes(self._step_logs, self.__dict__["_owned"])
+
+    def _note_writes(self) -> None:
+        if self.optimizer is not None and self.optimizer.lazy:
+            note_writes(self._step_logs, self.__dict__["_owned"])
+
+    @contextmanager
+    def _by_compiled_code(self) -> Iterator[None]:
+        """Compiled code changes tables, and counts as their writes what it gives and what it writes back afterwards."""
+        self._forget_writes()
+        try:
+            yield
+        finally:
+            self._forget_writes()
+
+    def _forget_writes(self) -> None:
+        for log in self._step_logs.values():
+            log.writes = None
+
     @torch.no_grad()
     def _catch_up_native(self, lookup: NativeLookup, ids: Ids) -> None:
         """Apply the steps missed by the rows that ids read."""
         if self._has_missed_steps:
-            states = list(self._all_states().values())
-            self.catch_up_native(lookup, ids, self._weights(), states)
+            self._replay_native(lookup, ids, self._weights(), list(self._all_states().values()))
 
     @torch.no_grad()
     def catch_up_native(
         self, lookup: NativeLookup, ids: Ids, tables: Sequence[Tensor], states: Sequence[Tensor]
     ) -> None:
-        """Apply the steps missed by the rows of ``tables`` that ids read, in place."""
-        if self._has_missed_steps and self.optimizer is not None:
+        """What a compiled lookup does first: apply the steps missed by the rows of ``tables`` that ids read."""
+        with self._by_compiled_code():
+            if self._has_missed_steps:
+                self._replay_native(lookup, ids, tables, states)
+
+    def _replay_native(
+        self, lookup: NativeLookup, ids: Ids, tables: Sequence[Tensor], states: Sequence[Tensor]
+    ) -> None:
+        if self.optimizer is not None:
             with self._lock:
+                self._refuse_writes()
                 lookup.catch_up(ids, tables, self.optimizer, self._by_storage(states), self._all_step_logs)
+                self._note_writes()
 
     @torch.no_grad()
     def _catch_up_rows(self, storage: str, rows: Tensor | None = None) -> None:
         """Apply missed steps to rows of a storage; -1 is no row, by default all rows."""
-        self._replay(storage, rows, getattr(self, storage), self._state(storage))
+        self._replay(storage, rows, self._table(storage), self._state(storage))
 
     def _replay(self, storage: str, rows: Tensor | None, table: Tensor, state: dict[str, Tensor]) -> None:
         if self._has_missed_steps and self.optimizer is not None:
             rows = None if rows is None else rows[rows >= 0].unique()
             with self._lock:
+                self._refuse_writes()
                 self._replay_locked(self._step_logs[storage], rows, table, state)
+                self._note_writes()
 
     def _replay_locked(self, log: StepLog, rows: Tensor | None, table: Tensor, state: Mapping[str, Tensor]) -> None:
         if self.optimizer is None:
@@ -257,17 +300,22 @@ class TablesWithState(nn.Module):
         True
         """
         if self._has_missed_steps:
-            self.catch_up_all(self._weights(), list(self._all_states().values()))
+            self._replay_all(self._weights(), list(self._all_states().values()))
         return self
 
     @torch.no_grad()
     def catch_up_all(self, tables: Sequence[Tensor], states: Sequence[Tensor]) -> None:
-        """Apply all deferred steps to ``tables`` and the flat list of their ``states``, in place."""
-        if self._has_missed_steps and self.optimizer is not None:
-            with self._lock:
-                for log, table, state in zip(self._all_step_logs, tables, self._by_storage(states), strict=True):
-                    self._replay_locked(log, None, table, state)
-                    log.clear()
+        """What compiled code does where it reads everything: apply all deferred steps; ``states`` are in a row."""
+        with self._by_compiled_code():
+            if self._has_missed_steps:
+                self._replay_all(tables, states)
+
+    def _replay_all(self, tables: Sequence[Tensor], states: Sequence[Tensor]) -> None:
+        with self._lock:
+            self._refuse_writes()
+            for log, table, state in zip(self._all_step_logs, tables, self._by_storage(states), strict=True):
+                self._replay_locked(log, None, table, state)
+                log.clear()
 
     def settle_(self) -> Self:
         """The earlier name of :meth:`catch_up_`."""
@@ -296,6 +344,7 @@ class TablesWithState(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.optimizer is None:
             return
+        self._count_copied_steps()
         if without_state():
             # As earlier versions did, which saved the state apart.
             getattr(destination, "_metadata", {}).get(prefix[:-1], {}).pop("version", None)
@@ -304,6 +353,15 @@ class TablesWithState(nn.Module):
             state = self._all_states() if self._in_backward else {}
             state = {k: t if keep_vars else t.detach() for k, t in state.items()}
             destination.update({prefix + k: v for k, v in {**state, **self._numbers()}.items()})
+
+    def _count_copied_steps(self) -> None:
+        """Count the steps of a state that was copied here from another module, as averages of weights do buffers."""
+        if self.optimizer is not None and self.optimizer.lazy:
+            for name in self.storages:
+                last = self._state(name)["last"]
+                known = last.is_meta or not last.numel() or int(last[0]) == self._step_logs[name].step
+                if not known and bool((last == last[0]).all()):
+                    self._count_steps({name: int(last[0])})
 
     def _numbers(self) -> dict[str, Tensor]:
         """Entries of a state dict beside weights and optimizer state: steps and the learning rate."""
@@ -314,6 +372,8 @@ class TablesWithState(nn.Module):
         return state_entries({}, steps, self._lr if self._in_backward and self._sets_lr else None)
 
     def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("storages", ()):
+            self._catch_up_before_reading()
         # torch.distributed.checkpoint asks for what a state dict names by its name.
         if name.endswith((f"_{STEPS}", f"_{LR}")) and self.__dict__.get("optimizer") is not None:
             numbers = self._numbers()
@@ -365,7 +425,7 @@ class TablesWithState(nn.Module):
 
     def _holds_state(self, storage: str) -> bool:
         """Whether memory of the optimizer's state has been filled, where the table is."""
-        device = getattr(self, storage).device
+        device = self._table(storage).device
         return storage not in self._unfilled and all(state.device == device for state in self._state(storage).values())
 
     # -- the optimizer, as users see it ---------------------------------------------------------------------------

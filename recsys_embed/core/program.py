@@ -20,7 +20,7 @@ from recsys_embed.core.codes import Codes, CodesIndex
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.heads import Head, PooledCombination, Projection
 from recsys_embed.core.index import Index
-from recsys_embed.core.precision import table_bytes
+from recsys_embed.core.precision import matrix_bytes, table_bytes
 from recsys_embed.core.transforms import Hash, MixedRadixDigit, Murmur, RankInSet, Sharing, Transform
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import MAX_ROWS, FeatureSpec
@@ -124,8 +124,8 @@ class Table:
     """A physical table ``[rows, width]``.
 
     ``shared``: programs of several features that name the same table share its rows. A ``dense`` table is a parameter
-    of a head and is never read by row; its rows may be tensors of shape ``inner``. ``precision`` is that of its rows
-    once they are served; dense tables keep their type.
+    of a head and is never read by row; its rows may be tensors of shape ``inner``. ``precision`` is that of its numbers
+    once they are served.
     """
 
     name: str
@@ -148,8 +148,10 @@ class Table:
         >>> Table("w", 1000, 16, Initializer("constant"), precision="int4").nbytes()
         12000
         """
-        if self.precision == "fp32" or self.dense:
+        if self.precision == "fp32":
             return itemsize * self.elements
+        if self.dense:
+            return min(itemsize * self.elements, matrix_bytes(self.elements, self.precision))
         return table_bytes(self.rows, self.width, self.precision)
 
     @property
@@ -269,7 +271,9 @@ class LookupProgram:
     @property
     def head_form(self) -> Hashable:
         """Key of the head: heads of equal keys, on columns of equal width, can run as one operation."""
-        return None if self.head is None else (self.head, *self.head_shapes.values())
+        if self.head is None:
+            return None
+        return (self.head, *((shape, self.table(name).precision) for name, shape in self.head_shapes.items()))
 
     @property
     def of_one_id(self) -> LookupProgram:
@@ -288,10 +292,13 @@ class LookupProgram:
         return Footprint(weights=weights, index=index, unrounded=held - weights)
 
     def at_precision(self, precision: str) -> LookupProgram:
-        """The same program with all rows served at a precision."""
+        """The same program with all rows served at a precision, and what heads multiply by at 16 bits."""
         if precision == "fp32":
             return self
-        return replace(self, tables=tuple(t if t.dense else replace(t, precision=precision) for t in self.tables))
+        of_heads = "bf16" if precision == "bf16" else "fp16"
+        return replace(
+            self, tables=tuple(replace(t, precision=of_heads if t.dense else precision) for t in self.tables)
+        )
 
     def reach_faults(self, ids: int) -> list[str]:
         """Faults of tables with fewer rows than ids in ``[0, ids)`` can reach; if that is unknown, lookups check."""

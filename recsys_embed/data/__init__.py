@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from recsys_embed.data.serving.describe import describe_encoders
     from recsys_embed.data.serving.pack import encoders_of
     from recsys_embed.data.serving.read import read_row_encoder
-    from recsys_embed.data.serving.score import score_files, score_rows
+    from recsys_embed.data.serving.recommend import UserEncoder as UserEncoder  # not public
+    from recsys_embed.data.serving.recommend import recommend_rows, recommended
+    from recsys_embed.data.serving.score import score_files, score_rows, write_rows
     from recsys_embed.data.splits import SplitRule
     from recsys_embed.data.table.convert import convert_table
     from recsys_embed.data.table.inspect import inspect_table
@@ -56,7 +58,11 @@ _HOME = {
     "describe_encoders": "serving.describe",
     "encoders_of": "serving.pack",
     "read_row_encoder": "serving.read",
+    "recommend_rows": "serving.recommend",
+    "recommended": "serving.recommend",
+    "UserEncoder": "serving.recommend",
     "score_files": "serving.score",
+    "write_rows": "serving.score",
     "score_rows": "serving.score",
 }
 _NEEDS_POLARS = {
@@ -72,6 +78,7 @@ _NEEDS_POLARS = {
     "serving.describe",
     "serving.pack",
     "serving.read",
+    "serving.recommend",
     "serving.score",
 }
 
@@ -104,8 +111,11 @@ __all__ = [
     "preset_names",
     "preset_table",
     "read_row_encoder",
+    "recommend_rows",
+    "recommended",
     "score_files",
     "score_rows",
+    "write_rows",
 ]
 
 

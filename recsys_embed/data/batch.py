@@ -31,6 +31,7 @@ class Batch:
         label: float32 ``[B]``, NaN where there are no labels.
         extra: further parts by name, ``[B, ...]`` each, such as weights or times.
         lists: ids of list and sequence features, which come last; None where there are none.
+        vector_places: of each vector by name, its first column in ``dense`` and its width; see :attr:`vectors`.
 
     Raises:
         ConfigError: a part that is no tensor.
@@ -47,6 +48,7 @@ class Batch:
     label: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     lists: ListIds | None = None
+    vector_places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.dense, Tensor) and isinstance(self.ids, Tensor) and isinstance(self.label, Tensor)):
@@ -86,6 +88,7 @@ class Batch:
             torch.cat([b.label for b in batches]),
             {name: torch.cat([b.extra[name] for b in batches]) for name in first.extra},
             None if first.lists is None else ListIds.cat([b.lists for b in batches if b.lists is not None]),
+            first.vector_places,
         )
 
     @property
@@ -105,6 +108,18 @@ class Batch:
         places = torch.arange(single, device=offsets.device)
         return BagIds(torch.cat([self.ids.T.reshape(-1), values.long()]), torch.cat([places, offsets + single]))
 
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """Vectors computed before, such as content embeddings, by name: float32 ``[B, width]``, views of ``dense``.
+
+        >>> none = torch.zeros(2, 0, dtype=torch.int64)
+        >>> batch = Batch(torch.arange(6.0).view(2, 3), none, torch.zeros(2), vector_places={"title": (1, 2)})
+        >>> batch.vectors["title"]
+        tensor([[1., 2.],
+                [4., 5.]])
+        """
+        return {name: self.dense[:, first : first + width] for name, (first, width) in self.vector_places.items()}
+
     def feature(self, number: int) -> Tensor:
         """All ids ``[n]`` of a feature, by its position in the schema."""
         if self.lists is None or number < self.ids.shape[1]:
@@ -119,7 +134,7 @@ class Batch:
         """The batch with every part changed: tensors, and :class:`ListIds`, which have a tensor's methods for rows."""
         extra = {name: change(part) for name, part in self.extra.items()}
         lists = None if self.lists is None else cast("Callable[[ListIds], ListIds]", change)(self.lists)
-        return Batch(change(self.dense), change(self.ids), change(self.label), extra, lists)
+        return Batch(change(self.dense), change(self.ids), change(self.label), extra, lists, self.vector_places)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on another device."""
@@ -227,6 +242,7 @@ class InMemoryDataset:
         label: [N], any real type; float32 in every batch.
         extra: further parts by name, [N, ...] each.
         lists: ids of list and sequence features.
+        vector_places: of each vector by name, its first column in ``dense`` and its width.
 
     Raises:
         ConfigError: shapes or types disagree.
@@ -243,6 +259,7 @@ class InMemoryDataset:
         label: Tensor,
         extra: Mapping[str, Tensor] | None = None,
         lists: ListIds | None = None,
+        vector_places: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         extra = dict(extra or {})
         faults = []
@@ -262,12 +279,12 @@ class InMemoryDataset:
             faults.append(f"`dense` must be float32; got {dense.dtype}")
         raise_faults(faults, "InMemoryDataset")
         self.dense, self.ids, self.label = dense.contiguous(), ids.contiguous(), label.float()
-        self._batch = Batch(self.dense, self.ids, self.label, extra, lists)
+        self._batch = Batch(self.dense, self.ids, self.label, extra, lists, dict(vector_places or {}))
 
     @classmethod
     def of(cls, batch: Batch) -> InMemoryDataset:
         """The rows of one batch, whose ids may be int32."""
-        return cls(batch.dense, batch.ids, batch.label, batch.extra, batch.lists)
+        return cls(batch.dense, batch.ids, batch.label, batch.extra, batch.lists, batch.vector_places)
 
     def __len__(self) -> int:
         return len(self.label)
@@ -301,14 +318,14 @@ class InMemoryDataset:
 
     def rows(self, which: Tensor | slice) -> Batch:
         """A batch of the given rows, a copy: int64 row numbers or a slice."""
-        extra, lists = self._batch.extra, self._batch.lists
+        extra, lists, vectors = self._batch.extra, self._batch.lists, self._batch.vector_places
         if isinstance(which, slice):
             # Each part is copied once: ids that are narrow by being widened.
             ids = self.ids[which].to(torch.int64, copy=True)
             rest = {name: part[which].clone() for name, part in extra.items()} if extra else {}
             some = None if lists is None else lists[which].clone().long()
-            return Batch(self.dense[which].clone(), ids, self.label[which].clone(), rest, some)
+            return Batch(self.dense[which].clone(), ids, self.label[which].clone(), rest, some, vectors)
         rest = {name: part.index_select(0, which) for name, part in extra.items()} if extra else {}
         ids = self.ids.index_select(0, which).long()
         some = None if lists is None else lists.index_select(0, which).long()
-        return Batch(self.dense.index_select(0, which), ids, self.label.index_select(0, which), rest, some)
+        return Batch(self.dense.index_select(0, which), ids, self.label.index_select(0, which), rest, some, vectors)

@@ -92,6 +92,12 @@ def need_parts(batch: Any, where: str) -> None:
         raise ConfigError(f"{absent} (batches of {where})")
 
 
+def no_weight(batch: Any) -> bool:
+    """Whether rows have weights, which are all 0."""
+    weight = getattr(batch, "extra", {}).get("weight")
+    return weight is not None and not weight.any()
+
+
 def _cure(part: Any) -> str:
     return ": torch.as_tensor makes one of an array" if hasattr(part, "__array__") else ""
 

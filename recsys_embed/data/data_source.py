@@ -158,7 +158,10 @@ def wrong_members(data: Any, members: Sequence[str] = TRAINING) -> list[str]:
             if odd:
                 faults.append(f"`splits` must map to numbers of rows; got {odd!r:.80}")
         if not faults and "train" not in splits and "batches" in members:
-            faults.append(f"`splits` must name a split 'train'; got {', '.join(splits) or 'none'}")
+            faults.append(
+                f"`splits` must name a split 'train'; got {', '.join(splits) or 'none'} (a folder made with `--like` "
+                "has one where a split is asked for, e.g. `--split order`)"
+            )
     if "num_dense" in members and not _is_count(data.num_dense):
         cure = "; make it a property" if callable(data.num_dense) else ""
         faults.append(f"`num_dense` must be the number of numeric columns; got {data.num_dense!r:.80}{cure}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -226,8 +227,13 @@ class Dataset(RowSource):
         if not pieces and (some := self._split(split).shards):
             return self._read(some[0], 0, 0)
         if not pieces:
-            return Batch.empty(self.num_dense, self._num_single, self.num_lists)
+            none = Batch.empty(self.num_dense, self._num_single, self.num_lists)
+            return dataclasses.replace(none, vector_places=self._vectors)
         return pieces[0] if len(pieces) == 1 else Batch.cat(pieces)
+
+    @cached_property
+    def _vectors(self) -> dict[str, tuple[int, int]]:
+        return self.manifest.vectors
 
     @property
     def _name(self) -> str:
@@ -265,4 +271,4 @@ class Dataset(RowSource):
         dense, ids_part, lists = frame_inputs(frame, dense_columns, ids, self._lists)
         label = frame["label"].to_numpy().astype(np.float32) if self.manifest.labels else np.full(rows, np.nan, "f4")
         extra = {part: as_tensor(frame[part].to_numpy()) for part in parts}
-        return Batch(dense, ids_part, as_tensor(label), extra, lists)
+        return Batch(dense, ids_part, as_tensor(label), extra, lists, self._vectors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar
@@ -120,6 +120,11 @@ class Manifest:
         events = any(c.get("kind") == "time" and c.get("event") for c in self.columns)
         return tuple(p for p in ("weight", "group") if p in known) + (("time",) if events else ())
 
+    @property
+    def vectors(self) -> dict[str, tuple[int, int]]:
+        """Of each vector by name, its first column among ``dense`` and its width."""
+        return vector_places(self.columns, self.dense)
+
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str) -> Manifest:
         """Inverse of :meth:`to_dict`.
@@ -148,6 +153,16 @@ class Manifest:
             raise
         except ConfigError as e:
             raise DataError(str(e)) from e
+
+
+def vector_places(columns: Iterable[Mapping[str, Any]], dense: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Of each vector by name, its first column among the numeric columns, where its components follow, and its width.
+
+    >>> vector_places([{"name": "v", "kind": "vector", "learned": {"width": 2}}], ["price", "v[0]", "v[1]"])
+    {'v': (1, 2)}
+    """
+    widths = {column["name"]: column["learned"]["width"] for column in columns if column.get("kind") == "vector"}
+    return {name: (dense.index(f"{name}[0]"), width) for name, width in widths.items()}
 
 
 def _split(split: Any, where: str) -> Split:

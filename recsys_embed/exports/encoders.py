@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -20,11 +20,13 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.exports.file_format import ExportFile
 from recsys_embed.models import RetrievalModel
 from recsys_embed.models.base import CTRModel
+from recsys_embed.models.retrieval import CatalogueVectors, Recommendations
 from recsys_embed.utils.evaluation_mode import evaluation_mode
 from recsys_embed.utils.files import write_text
-from recsys_embed.utils.types import RowsLike
+from recsys_embed.utils.types import BagIds, RowsLike
 
 if TYPE_CHECKING:
+    from recsys_embed.data.serving.recommend import Find, UserEncoder
     from recsys_embed.data.serving.row_encoder import RowEncoder
 
 
@@ -37,6 +39,7 @@ class FileScorer:
 
     def __init__(self, stored: StoredEncoders) -> None:
         self.stored = stored
+        self._user_encoders: dict[tuple[object, ...], UserEncoder] = {}  # the last, as it knows where names are
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self
@@ -80,6 +83,57 @@ class FileScorer:
 
         return score_rows(encoder, self.score(model), rows, batch_size)
 
+    def user_encoder(self, model: RetrievalModel, exclude: Sequence[str] = ()) -> UserEncoder:
+        """The encoder of rows that items are recommended to.
+
+        Args:
+            model: finds the items.
+            exclude: columns of the rows that hold items to leave out.
+
+        Raises:
+            ConfigError: the items have no names.
+        """
+        if self.stored.about["kind"] == "criteo":
+            raise ConfigError(
+                "Criteo's columns have no names of items to recommend: recommend by ids, `recommend(dense, ids, k)`, "
+                "or convert the data as a table of your own (`recsys-embed data table`)"
+            )
+        from recsys_embed.data import UserEncoder
+
+        names = [f.name for f in model.vectors.schema]
+        numbers = self.stored.about.get("dense", ())
+        unread = {n for n in names if n not in model.user_features}
+        unread |= {n for i, n in enumerate(numbers) if i not in model.user_numeric}
+        key = (model.item, frozenset(unread), *exclude)
+        if key not in self._user_encoders:
+            self._user_encoders = {key: UserEncoder(self.stored, model.item, unread, exclude)}
+        return self._user_encoders[key]
+
+    def find(self, model: RetrievalModel, encoder: UserEncoder, k: int) -> Find:
+        """A function from batches, and items to leave out, to ids of items and their scores ``[B, k]``."""
+        device = model.in_catalogue.device
+        listed = model.in_catalogue & torch.from_numpy(encoder.named(len(model.in_catalogue))).to(device)
+        catalogue = CatalogueVectors(model)
+
+        @torch.inference_mode()
+        def find(batch: Batch, excluded: BagIds | None) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+            with evaluation_mode(model):
+                moved = batch.to(device)
+                users = model.users(moved.dense, moved.inputs)
+                ids, scores = model.best_items(users, k, excluded, catalogue=catalogue, listed=listed)
+            return ids.cpu().numpy(), scores.float().cpu().numpy()
+
+        return find
+
+    def recommend(
+        self, model: RetrievalModel, rows: RowsLike, k: int, exclude: Sequence[str], batch_size: int
+    ) -> Recommendations:
+        """See :meth:`recsys_embed.models.RetrievalModel.recommend`."""
+        encoder = self.user_encoder(model, exclude)
+        from recsys_embed.data import recommend_rows
+
+        return Recommendations(*recommend_rows(encoder, self.find(model, encoder, k), rows, k, batch_size))
+
 
 def scorer_of(file: ExportFile, about: Mapping[str, Any]) -> FileScorer:
     """The scorer of an opened file, whose arrays stay in it."""
@@ -93,7 +147,7 @@ def encoders_for(model: nn.Module, given: Any, output: Output | None) -> StoredE
     Args:
         model: to be exported.
         given: a data folder, opened or its path; None: the model's own; False: none.
-        output: what a score is; None: as the folder's labels have it, and of models that find items a value.
+        output: what a score is; None: as the folder's labels have it, and of retrieval models a value.
 
     Raises:
         ConfigError: the model is none that gives scores, or the folder is that of another model.

@@ -18,12 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
 from recsys_embed.errors import CheckpointError, ConfigError
+from recsys_embed.kernels.storage import advise_huge_pages
 from recsys_embed.utils.strict_json import strict_json
 
 MAX_HEADER = 32 << 20
@@ -136,8 +137,18 @@ class ExportFile:
             if memory_map and size > self._offset:
                 self._buffer: Any = _map(f.fileno(), size)
             else:
-                self._buffer, self._offset = bytearray(f.read()), 0
+                self._buffer, self._offset = self._read(f, size - self._offset), 0
         self.header_size = size - sum(e.stop - e.start for e in self.entries.values())
+
+    def _read(self, file: BinaryIO, size: int) -> memoryview:
+        """The rest of the file in memory, on huge pages where the system has them: rows are read several times as fast
+        as from pages of a mapped file."""
+        held = torch.empty(size, dtype=torch.uint8)
+        advise_huge_pages(held)
+        view = memoryview(cast("Any", held.numpy()))
+        if file.readinto(view) != size:  # type: ignore[attr-defined]
+            raise self._damaged("it became shorter while it was read")
+        return view
 
     def _damaged(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is damaged: {why}")

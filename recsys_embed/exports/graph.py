@@ -26,7 +26,7 @@ from recsys_embed.errors import ConfigError, ExportError
 from recsys_embed.exports import onnx_file
 from recsys_embed.exports.encoders import FileScorer, encoders_for, rows_json, write_rows_json
 from recsys_embed.exports.graph_check import GraphCheck, check_graph, refused_by, serving, without_exporter_warnings
-from recsys_embed.exports.graph_inputs import Inputs, example_inputs, tensors
+from recsys_embed.exports.graph_inputs import Inputs, example_inputs, plain_bags, tensors
 from recsys_embed.models import CTRModel
 from recsys_embed.utils.files import move_into_place
 from recsys_embed.utils.optional import require
@@ -102,6 +102,9 @@ def to_torch_export(
     :class:`IdRangeError` in the model raises ``RuntimeError`` in the program. Batches of any size pass, an empty one
     included; a collection's bags in the form ``(values, offsets)`` take two samples or more.
 
+    Ahead-of-time compilation asks for example inputs, which the file does not hold: set ``program.example_inputs =
+    (inputs, {})`` of what ``torch.export.load`` returns before ``torch._inductor.aoti_compile_and_package``.
+
     The file is a zip archive of torch's: the program as JSON, tensors as raw bytes, and nothing pickled.
     ``torch.export.load`` compiles Python from it (its shape guards), so load only files you trust.
 
@@ -111,7 +114,8 @@ def to_torch_export(
         inputs: example arguments of ``model``, tensors or nested containers of them. Of the library's own modules they
             are made up: ``(dense [B, num_dense], ids [B, F])`` of models, ids ``[B, F]`` of collections, ids ``[B]`` of
             drop-ins, ids ``[n]`` and offsets ``[bags]`` of drop-ins with a mode. Of a model with lists of ids that was
-            not loaded with its encoders, give a batch of its data: ``(batch.dense, batch.inputs)``.
+            not loaded with its encoders, give a batch of its data: ``(batch.dense, batch.inputs)``; the
+            program takes bags as a pair, ``(values, offsets)``.
         dynamic_shapes: which dimensions vary, as ``torch.export.export`` takes it; the first of every input by default.
         check: run the file against the model; see :func:`check_graph`.
 
@@ -130,7 +134,7 @@ def to_torch_export(
     True
     """
     target = _target(path, ".pt2")
-    example = example_inputs(model, inputs)
+    example = plain_bags(example_inputs(model, inputs))
     program = _trace(model, example, dynamic_shapes, inputs is None)
     program.example_inputs = None  # torch would pickle them into the file
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.errors import ExportError, RecsysEmbedError
-from recsys_embed.exports.graph_inputs import Inputs, batches, example_inputs, tensors
+from recsys_embed.exports.graph_inputs import Inputs, batches, example_inputs, plain_bags, tensors
 from recsys_embed.kernels.unseen_ids import UnseenIds
 from recsys_embed.models import CTRModel
 from recsys_embed.utils.optional import require
@@ -124,7 +124,7 @@ def _torch_runner(path: Path) -> Callable[[Inputs], list[Tensor]]:
 
     def run(inputs: Inputs) -> list[Tensor]:
         with torch.no_grad():
-            return tensors(module(*inputs))
+            return tensors(module(*plain_bags(inputs)))
 
     return run
 

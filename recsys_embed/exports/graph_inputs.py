@@ -32,6 +32,11 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def plain_bags(inputs: Inputs) -> Inputs:
+    """Inputs with bags as pairs ``(values, offsets)``, which programs of torch alone can name."""
+    return tuple((given.values, given.offsets) if isinstance(given, BagIds) else given for given in inputs)
+
+
 def random_inputs(model: nn.Module, batch: int, seed: int = 0) -> Inputs | None:
     """Arguments for a module of the library: ids over the whole range it takes, its ends included; None for others.
 

@@ -69,13 +69,15 @@ class Storage:
 class ModelContents:
     """Embeddings, their storages, and every other tensor of the state dict by its key.
 
-    ``owned`` are the keys of ``rest`` that belong to embeddings; ``notes`` say what was left as it is, and why.
+    ``owned`` are the keys of ``rest`` that belong to embeddings, ``rounded`` those with a precision of their own;
+    ``notes`` say what was left as it is, and why.
     """
 
     modules: list[ModuleItem] = field(default_factory=list)
     storages: list[Storage] = field(default_factory=list)
     rest: dict[str, Tensor] = field(default_factory=dict)
     owned: set[str] = field(default_factory=set)
+    rounded: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -160,12 +162,19 @@ class _Scanner:
                 keys = sorted((k for k, p in module.places.items() if p.storage == name), key=_offset_in(module))
                 tables = [(prefix + k, module.tables[k].rows) for k in keys]
                 self._storage(module, name, tables, path, module.tables[keys[0]].precision)
+            names = {id(p): name for name, p in module.named_parameters()}
+            for feature, program in module.bundle.programs.items():
+                for table in () if program.head is None else program.head.tables:
+                    key = names[id(module.bundle.heads.parameter(feature, table))]
+                    self.found.rounded[prefix + key] = program.table(table).precision
             for name, own in module.bundle.own.items():
                 if isinstance(own, CompressedEmbedding):  # the tables of heads stay as they are
                     self._tables(own, f"{prefix}bundle.own.{name}")
         elif isinstance(module, CompressedEmbedding):
             for t in module.program.tables:
-                if not t.dense:
+                if t.dense:
+                    self.found.rounded[prefix + module.parameter_name(t.name)] = t.precision
+                else:
                     self._storage(module, t.name, [(prefix + t.name, t.rows)], path, t.precision)
         else:
             self._storage(module, "weight", [(prefix + "weight", module.num_embeddings)], path)

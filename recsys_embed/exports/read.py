@@ -66,7 +66,8 @@ def load(
         device: where the module goes; by default the CPU, or where ``into`` is.
         verify: compare every tensor with its digest; False skips reading a huge file once more, and checks its
             structure only.
-        mmap: map the file into memory; False reads it whole.
+        mmap: map the file into memory, where processes share it; False reads it whole, onto huge pages where the system
+            has them, so that lookups in large tables are faster.
         backend: what decodes rows on the CPU. ``"auto"``: the compiled kernels where all rows are kept, else FBGEMM for
             quantised rows where it is installed. ``"torch"``: the same numbers, slower. ``"fbgemm"``: its inference
             tables for all precisions but bf16, with its table of remapped indices, 4 bytes per row, for tables with

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.data.manifest import Manifest, read_manifest
+from recsys_embed.data.manifest import read_manifest
 from recsys_embed.data.serving.stored import Output
-from recsys_embed.errors import CheckpointError, ConfigError, DataError
+from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.exports.served_modules import ModuleItem, build_model, refusals
 from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
 from recsys_embed.train.checkpoint import load_checkpoint
-from recsys_embed.utils.strict_json import own_json, read_object
+from recsys_embed.train.run_folder import carried, check_run_data, read_weights, run_files, trained_on
 
-if TYPE_CHECKING:
-    from recsys_embed.data.loader import Dataset
+__all__ = ["check_run_data", "model_of_run", "run_data", "run_output"]
 
 
 def model_of_run(path: str | Path) -> nn.Module:
@@ -30,20 +27,10 @@ def model_of_run(path: str | Path) -> nn.Module:
         ConfigError: no such file or folder.
         CheckpointError: not a finished run, or damaged.
     """
-    path = Path(path)
-    # os.path says no, where the methods of a path raise, of what cannot be the name of a file.
-    folder = os.path.isdir(path)
-    file = path / "model.pt" if folder else path
-    if not os.path.exists(file):
-        what = "holds no model.pt; is it the folder of a finished run?" if folder else "does not exist"
-        raise ConfigError(f"{path} {what}")
-    payload = load_checkpoint(file)
-    config, state = payload["config"], payload.get("model")
-    if not isinstance(state, dict) or not isinstance(config.get("model"), str):
-        raise CheckpointError(f"{file} holds no trained model; export the model.pt of a finished run")
+    file, config, state = read_weights(path)
     with refusals(f"the model of {file}"):
         collections = {
-            name: ModuleItem("collection", (name,), _carried(state, name), torch.float32)
+            name: ModuleItem("collection", (name,), carried(state, name), torch.float32)
             for name in ("embedding", "linear")
             if f"{name}._extra_state" in state
         }
@@ -60,18 +47,9 @@ def model_of_run(path: str | Path) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _carried(state: dict[str, Any], name: str) -> dict[str, Any]:
-    """Schema and plan that a collection's state carries, features in the order of their columns."""
-    carried = own_json(bytes(state[f"{name}._extra_state"].numpy()))
-    features = [carried["schema"][feature] for feature in carried["order"]]
-    # What its indexes hold is among the state's tensors.
-    plan = {key: carried["plan"][key] for key in ("version", "features")}
-    return {"schema": {"features": features}, "plan": plan}
-
-
 def run_output(path: str | Path) -> Output:
     """What the scores of a run's model are."""
-    config = load_checkpoint(_files(path)[1])["config"]
+    config = load_checkpoint(run_files(path)[1])["config"]
     return "probability" if config.get("loss", "logloss") == "logloss" else "value"
 
 
@@ -82,7 +60,7 @@ def run_data(path: str | Path, notes: list[str]) -> Path | None:
         path: of the run folder, or of its ``model.pt``.
         notes: filled with why not.
     """
-    known = _trained_on(path)
+    known = trained_on(path)
     if known is None:
         return None
     try:
@@ -95,35 +73,3 @@ def run_data(path: str | Path, notes: list[str]) -> Path | None:
         "folder with `--data` or `encoders=`"
     )
     return None
-
-
-def check_run_data(path: str | Path, given: Dataset | str | Path) -> None:
-    """Refuse a data folder, opened or its path, that encodes rows in another way than the one of a run.
-
-    Raises:
-        ConfigError: it does, whatever its features and sizes; names the way out.
-        DataError: the folder is damaged.
-    """
-    known = _trained_on(path)
-    if known is None or not isinstance(known.get("encoding"), str):
-        return
-    manifest = read_manifest(given) if isinstance(given, str | Path) else getattr(given, "manifest", None)
-    if isinstance(manifest, Manifest) and manifest.fingerprint != known["encoding"]:
-        raise ConfigError(
-            f"{given if isinstance(given, str | Path) else getattr(given, 'path', 'the data')} is another conversion "
-            f"than the one that the run was trained on ({known['folder']}), so that its ids mean other values: name "
-            "that folder, or one that `recsys-embed data ... --like` made by it"
-        )
-
-
-def _trained_on(path: str | Path) -> dict[str, Any] | None:
-    """What a run says of the data folder that it was trained on."""
-    file = _files(path)[0] / "run.json"
-    known = (read_object(file) if file.exists() else {}).get("data")
-    return known if isinstance(known, dict) and isinstance(known.get("folder"), str) else None
-
-
-def _files(path: str | Path) -> tuple[Path, Path]:
-    """The folder and the ``model.pt`` of a run by the path of either."""
-    path = Path(path)
-    return (path, path / "model.pt") if os.path.isdir(path) else (path.parent, path)

@@ -83,7 +83,7 @@ def export(
             ``"fp8"`` (e4m3 with a scale per row), or ``"int8"``, ``"int4"`` or ``"int2"`` with an fp16 scale and bias
             per row (FBGEMM's layout). Projections and networks of embeddings are then kept in 16 bits; other layers
             stay as they are. By default each table has the precision of its plan or configuration, ``"fp32"`` where
-            these say nothing, and only rows are rounded.
+            these say nothing.
         prune: drop rows and columns of zeros where that saves bytes.
         search: how scales of integer rows are found: ``"minmax"`` (default of int8), ``"greedy"`` (of int4) or
             ``"mse"``, of least squared error (of int2).
@@ -219,12 +219,13 @@ class _Writer:
 
     def _matrices(self) -> Iterator[_Matrix]:
         faults = []
-        half = torch.bfloat16 if self.rounded == "bf16" else torch.float16
         for key in self.found.rest:
             value = self.found.rest[key]
             if key in self.found.owned and value.is_floating_point():
+                precision = self.rounded or self.found.rounded.get(key, "fp32")
+                half = torch.bfloat16 if precision == "bf16" else torch.float16
                 narrow = value.dtype.itemsize <= 2
-                dtype = value.dtype if narrow else torch.float32 if self.rounded in (None, "fp32") else half
+                dtype = value.dtype if narrow else torch.float32 if precision == "fp32" else half
                 if dtype == torch.float16 and value.numel() and float(value.abs().max()) > FP16_MAX:
                     faults.append(f"parameter {key!r} holds values beyond {FP16_MAX:.0f}, the largest of fp16")
                 yield _Matrix(key, value, dtype)

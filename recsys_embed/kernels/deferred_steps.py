@@ -19,6 +19,8 @@ class StepLog:
 
     # The number of steps where state dicts see it, once one has asked.
     _seen: array[int] | None = None
+    # Torch's count of the table's writes after the last one here; None where others may have written since.
+    writes: int | None = None
 
     def __init__(self, step: int = 0) -> None:
         self.first = step

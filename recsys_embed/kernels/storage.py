@@ -39,7 +39,8 @@ def stack_tables(tables: Mapping[str, Table]) -> tuple[dict[str, tuple[int, int]
         if table.dense:
             continue
         kind = table.width, table.precision
-        base = f"width{table.width}" + ("" if table.precision == "fp32" else f"_{table.precision}")
+        # Names of optimizer state begin with that of the storage.
+        base = ("" if table.precision == "fp32" else f"{table.precision}_") + f"width{table.width}"
         name = current.setdefault(kind, base)
         rows = shapes.get(name, (0, 0))[0]
         if rows + table.rows > MAX_ROWS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -66,6 +66,10 @@ class Scorer(Protocol):
 
     def predict(self, model: nn.Module, rows: RowsLike, batch_size: int) -> NDArray[np.float32]:
         """Scores float32 ``[n]``."""
+        ...
+
+    def recommend(self, model: Any, rows: RowsLike, k: int, exclude: Sequence[str], batch_size: int) -> Any:
+        """See :meth:`recsys_embed.models.RetrievalModel.recommend`."""
         ...
 
 
@@ -158,13 +162,16 @@ class CTRModel(nn.Module):
             ConfigError: the model has no encoders; columns that are absent or of another type, all of them named.
             DataError: values that cannot be used, with row, column and reason.
         """
+        return self._scorer().predict(self, rows, batch_size)
+
+    def _scorer(self) -> Scorer:
         if self.scorer is None:
             raise ConfigError(
                 "this model takes ids, as it does not hold what turns raw rows into them: write it with `recsys-embed "
                 "export RUN --data FOLDER --out FILE`, or rse.export(model, path, encoders=open_dataset(folder)), and "
                 "predict with the model of rse.load(path)"
             )
-        return self.scorer.predict(self, rows, batch_size)
+        return self.scorer
 
     def standardised(self, dense: Tensor) -> Tensor:
         """Raw numeric values ``[B, num_dense]`` as :meth:`logits` takes them, see :meth:`standardise`."""

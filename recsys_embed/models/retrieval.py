@@ -1,12 +1,14 @@
-"""Base of the models that find items for a user: a vector of the user and one of each item, scored by dot product."""
+"""Base of retrieval models: a vector of the user and one of each item, scored by dot product."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys_embed.collection.bags import to_bags
@@ -14,12 +16,14 @@ from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import Schema
 from recsys_embed.models.base import CTRModel, ModelSpec
 from recsys_embed.utils.evaluation_mode import evaluation_mode
-from recsys_embed.utils.types import JSON, BagIds, Ids
+from recsys_embed.utils.types import JSON, BagIds, Ids, RowsLike
 
 BLOCK_ITEMS = 1 << 16
 """Items whose vectors are computed together when a whole catalogue is scored."""
 BLOCK_SCORES = 1 << 24
 """Scores that are held together when a whole catalogue is scored."""
+KEPT_BYTES = 256 << 20
+"""Vectors of a whole catalogue that are computed once for all users; of larger ones they are computed again."""
 
 
 class Queries(NamedTuple):
@@ -37,7 +41,7 @@ class Queries(NamedTuple):
 
 
 class RetrievalModel(CTRModel):
-    """Base of models that find items for a user among all items.
+    """Base of retrieval models (candidate generation), which find items for a user among all of them.
 
     A subclass defines :meth:`user_vectors`, into which nothing of the candidate may enter, and :meth:`items`. The score
     of an item is the dot product of the two, which is also what :meth:`logits` gives for the row's own candidate.
@@ -137,8 +141,8 @@ class RetrievalModel(CTRModel):
         coll = self.vectors
         if isinstance(ids, Tensor) and ids.dim() == 2:
             return BagIds(ids.T.reshape(-1), torch.arange(ids.numel() + 1, device=ids.device))
-        if isinstance(ids, BagIds):
-            return ids
+        if isinstance(ids, tuple):
+            return BagIds(*ids)
         given = to_bags(coll.schema, coll.bundle.given(ids, coll) if isinstance(ids, dict) else ids, None, None)
         return BagIds(given.values, given.offsets)
 
@@ -161,50 +165,146 @@ class RetrievalModel(CTRModel):
 
     # -- the catalogue --------------------------------------------------------------------------------------------
 
-    def item_blocks(self, size: int = BLOCK_ITEMS) -> Iterator[tuple[int, Tensor]]:
+    def item_blocks(self, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Vectors of all ids in blocks: the first id, and ``[n, K]``."""
+        size = BLOCK_ITEMS if size is None else size
         for start in range(0, len(self.in_catalogue), size):
             stop = min(start + size, len(self.in_catalogue))
             yield start, self.items(torch.arange(start, stop, device=self.in_catalogue.device))
 
-    @torch.no_grad()
+    @overload
     def recommend(
-        self, dense: Tensor, ids: Ids, k: int, exclude: Tensor | BagIds | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, dense: Tensor, ids: Ids, k: int = 10, exclude: Tensor | BagIds | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def recommend(
+        self, rows: RowsLike, /, *, k: int = 10, exclude: str | Sequence[str] | None = None, batch_size: int = 8192
+    ) -> Recommendations: ...
+
+    def recommend(
+        self,
+        dense: Tensor | RowsLike,
+        ids: Ids | None = None,
+        k: int = 10,
+        exclude: Tensor | BagIds | str | Sequence[str] | None = None,
+        *,
+        batch_size: int = 8192,
+    ) -> tuple[Tensor, Tensor] | Recommendations:
         """The k items of the highest scores for each row, of the whole catalogue and exact, in bounded memory.
 
+        Of ids, or of raw rows by a model that :func:`recsys_embed.load` read from a file with encoders.
+
         Args:
-            dense: raw numeric values, ``[B, num_dense]``.
+            dense: raw numeric values, ``[B, num_dense]``; or raw rows, as :meth:`predict` takes them, without ``ids``.
+                Of raw rows only the columns that tell the user are read; values that training did not have are treated
+                as by :meth:`predict`.
             ids: as for the model; candidates are not looked at.
             k: items per row; may be more than there are to be found.
             exclude: items to leave out of each row's, such as those that the user knows: int64 ``[B, L]`` padded with
-                -1, or :class:`recsys_embed.typing.BagIds` of ``B`` bags.
+                -1, or :class:`recsys_embed.typing.BagIds` of ``B`` bags. Of raw rows the names of the columns that hold
+                them, any number per row; they need not be columns of the model.
+            batch_size: raw rows that go through the model at once.
 
         Returns:
             Item ids, int64 ``[B, k]``, best first, and their scores ``[B, k]``. Where ``k`` is beyond the catalogue,
             or beyond what ``exclude`` leaves of it, the last places hold id -1 and score minus infinity. Of equal
-            scores any may come first.
+            scores any may come first. Of raw rows :class:`Recommendations`, with the items themselves for ids and
+            None for -1.
 
         Raises:
-            ConfigError: k below 1, or ``exclude`` of another form.
+            ConfigError: k below 1, or ``exclude`` of another form; raw rows and a model without encoders, or columns
+                that are absent or of another type, all of them named.
+            DataError: values of raw rows that cannot be used, with row, column and reason.
         """
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ConfigError(f"`k` must be an integer of at least 1; got {k!r}")
-        with evaluation_mode(self):
-            users = self.users(dense, ids)
-            rows, items = excluded_pairs(exclude, len(users), users.device)
-            best = users.new_full((len(users), k), float("-inf"))
-            found = torch.full(best.shape, -1, dtype=torch.int64, device=users.device)
-            size = max(1, min(BLOCK_ITEMS, BLOCK_SCORES // max(1, len(users))))
-            for start, vectors in self.item_blocks(size):
+        if not isinstance(dense, Tensor):
+            if ids is not None:
+                raise ConfigError("raw rows come without ids: `recommend(rows, k=10)`, or `recommend(dense, ids, k)`")
+            named: Any = [] if exclude is None else [exclude] if isinstance(exclude, str) else exclude
+            if not isinstance(named, list | tuple) or not all(isinstance(name, str) for name in named):
+                raise ConfigError(f"`exclude` of raw rows must name columns of theirs; got {type(exclude).__name__}")
+            found: Recommendations = self._scorer().recommend(self, dense, k, named, batch_size)
+            return found
+        if ids is None:
+            raise ConfigError("numeric values need ids: `recommend(dense, ids, k)`")
+        left_out: Any = exclude
+        with evaluation_mode(self), torch.no_grad():
+            return self.best_items(self.users(dense, ids), k, left_out)
+
+    @torch.no_grad()
+    def best_items(
+        self,
+        users: Tensor,
+        k: int,
+        exclude: Tensor | BagIds | None = None,
+        *,
+        catalogue: CatalogueVectors | None = None,
+        listed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`recommend`; of vectors of users ``[B, K]``.
+
+        Args:
+            users: vectors.
+            k: items per row.
+            exclude: items to leave out.
+            catalogue: vectors of all items, of this model; None: computed.
+            listed: the items that can be found, bool ``[num_embeddings]``; None: those of the catalogue.
+        """
+        rows, items = excluded_pairs(exclude, len(users), users.device)
+        listed = self.in_catalogue if listed is None else listed
+        best = users.new_full((len(users), k), float("-inf"))
+        found = torch.full(best.shape, -1, dtype=torch.int64, device=users.device)
+        size = max(1, min(BLOCK_ITEMS, BLOCK_SCORES // max(1, len(users))))
+        for first, block in CatalogueVectors(self) if catalogue is None else catalogue:
+            for start, vectors in zip(range(first, first + len(block), size), block.split(size), strict=True):
                 scores = users @ vectors.T
-                scores.masked_fill_(~self.in_catalogue[start : start + len(vectors)], float("-inf"))
+                scores.masked_fill_(~listed[start : start + len(vectors)], float("-inf"))
                 here = (items >= start) & (items < start + len(vectors))
                 scores[rows[here], items[here] - start] = float("-inf")
                 ends = torch.arange(start, start + len(vectors), device=users.device).expand_as(scores)
                 best, at = torch.cat([best, scores], 1).topk(k)
                 found = torch.cat([found, ends], 1).gather(1, at)
-            return found.masked_fill(best == float("-inf"), -1), best
+        return found.masked_fill(best == float("-inf"), -1), best
+
+
+class Recommendations(NamedTuple):
+    """What is found for rows.
+
+    Args:
+        items: the values of the item's column, Python objects ``[n, k]``, best first; None where there is none left.
+        scores: float32 ``[n, k]``, minus infinity there.
+    """
+
+    items: NDArray[np.object_]
+    scores: NDArray[np.float32]
+
+
+class CatalogueVectors:
+    """Vectors of all ids of a model's items in blocks, which are kept for the next time where they take little.
+
+    Args:
+        model: whose they are, in evaluation mode and not changed meanwhile.
+    """
+
+    def __init__(self, model: RetrievalModel) -> None:
+        self.model = model
+        self._kept: list[tuple[int, Tensor]] | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[tuple[int, Tensor]] = []
+        total, small = len(self.model.in_catalogue), False
+        for start, vectors in self.model.item_blocks():
+            small = vectors[:1].nbytes * total <= KEPT_BYTES
+            if small:
+                kept.append((start, vectors))
+            yield start, vectors
+        if small:
+            self._kept = kept
 
 
 def excluded_pairs(exclude: Tensor | BagIds | None, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:

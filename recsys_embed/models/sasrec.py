@@ -118,10 +118,16 @@ class SASRec(RetrievalModel):
     def user_features(self) -> list[str]:
         return [self.history]
 
+    @property
+    def user_numeric(self) -> tuple[int, ...]:
+        return ()
+
     def items(self, item_ids: Tensor) -> Tensor:
         return self.vectors.lookup(self.item, item_ids)
 
     def user_vectors(self, dense: Tensor, ids: Ids) -> Tensor:
+        if torch.compiler.is_compiling() and not self.training:
+            return self._users_of_graph(ids)
         read = self._read(ids)
         states = self._states(*read)
         last = read[2] - 1
@@ -176,6 +182,33 @@ class SASRec(RetrievalModel):
         newest = places >= skipped[rows]
         places = places - skipped[rows]
         return values[newest], rows[newest], lengths - skipped, places[newest]
+
+    def _users_of_graph(self, ids: Ids) -> Tensor:
+        """Vectors of users by operations whose shapes depend on the batch alone, as graphs need them: every history
+        takes ``max_length`` places."""
+        bags = self.bags(ids)
+        batch = (bags.offsets.shape[0] - 1) // len(self.vectors.schema)
+        offsets = bags.offsets[self.history_place * batch : (self.history_place + 1) * batch + 1]
+        values = bags.values.long()
+        padding = self.vectors.schema[self.history].padding_idx
+        if padding is not None:
+            # Where what is kept before each id ends; the kept ids then stand one after another.
+            real = values != padding
+            ends = torch.cat([offsets.new_zeros(1), real.long().cumsum(0)])
+            order = torch.where(real, ends[1:] - 1, values.shape[0])
+            values = values.new_zeros(values.shape[0] + 1).scatter(0, order, values)
+            offsets = ends[offsets]
+        values = torch.cat([values, values.new_zeros(1)])
+        lengths = offsets.diff().clamp(max=self.max_length).unsqueeze(1)
+        places = torch.arange(self.max_length, device=values.device)
+        there = places < lengths
+        at = torch.where(there, offsets[1:].unsqueeze(1) - lengths + places, values.shape[0] - 1)
+        vectors = self.vectors.lookup(self.history, values[at]) + self.positions
+        x = torch.where(there.unsqueeze(2), vectors, 0.0)
+        for block in self.blocks:
+            x = block(x)
+        last = (places == lengths - 1).unsqueeze(2)
+        return self._normed(torch.where(last, x, 0.0).sum(1))
 
     def _states(self, values: Tensor, rows: Tensor, lengths: Tensor, places: Tensor) -> Tensor:
         """States before the last norm, ``[B, longest, width]``; those of padding mean nothing."""

@@ -218,7 +218,7 @@ class TwoTower(RetrievalModel):
 
         Args:
             ids: by name of an item feature, ids ``[n]`` and offsets ``[items + 1]`` of all items, in their order.
-            dense: numeric columns of the items, raw: float32 ``[items, num_dense]``.
+            dense: the items' numeric columns, raw: float32 ``[items, len(item_numeric)]``.
             known: items of which there was a row, bool ``[items]``.
 
         Raises:
@@ -238,5 +238,6 @@ class TwoTower(RetrievalModel):
             owners = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
             columns = torch.arange(len(values), device=values.device) - offsets[:-1][owners] + starts[number]
             self.item_ids[owners, columns] = values.long()
-            self.item_lengths[:-1, number] = lengths
-        self.item_dense[:-1] = torch.where(known.unsqueeze(1), dense[:, self.item_numeric], self.item_dense[:-1])
+            # Of items of which there is no row stays what was known.
+            self.item_lengths[:-1, number] = torch.where(known, lengths, self.item_lengths[:-1, number])
+        self.item_dense[:-1] = torch.where(known.unsqueeze(1), dense, self.item_dense[:-1])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from weakref import ref
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.optim.base import FusedOptimizer, is_rate, refuse_maximize
-from recsys_embed.optim.optimizer_views import OptimizerState, ParamGroups
+from recsys_embed.optim.optimizer_views import GroupTables, OptimizerState, ParamGroups
 from recsys_embed.optim.replicas import Replicas
 from recsys_embed.utils.types import JSON
 
@@ -54,6 +55,11 @@ def fused_tables(model: nn.Module) -> dict[str, SteppedTables]:
 def _tables_of(module: SteppedTables) -> list[nn.Parameter]:
     parameters = cast("nn.Module", module)._parameters
     return [cast("nn.Parameter", parameters[name]) for name in module.storages]
+
+
+def _catch_up(modules: Iterable[SteppedTables]) -> None:
+    for module in modules:
+        module.catch_up_()
 
 
 def unfused_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -175,6 +181,7 @@ class FusedTableOptimizer(Optimizer):
                 # Schedules of momentum are those of the dense optimizer; they take betas first.
                 self.defaults.pop("betas", None)
         self._complete = True
+        self.adopt_parameters()
         self._fill_groups()
         self._replicas = Replicas(model, cast("Any", tables), process_group)
         for module in tables.values():
@@ -229,7 +236,9 @@ class FusedTableOptimizer(Optimizer):
     def adopt_parameters(self) -> None:
         """Tables have new parameters, of ``load_state_dict(assign=True)`` or ``to_empty``; param groups hold those."""
         for group in self._fused_groups:
-            group["params"] = [p for path in group[_OWN] for p in _tables_of(self._modules[path])]
+            modules = [self._modules[path] for path in group[_OWN]]
+            tables = [p for module in modules for p in _tables_of(module)]
+            group["params"] = GroupTables(tables, partial(_catch_up, modules))
 
     def add_param_group(self, param_group: JSON) -> None:
         """Add parameters of the dense optimizer.

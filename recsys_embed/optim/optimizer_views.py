@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys_embed.errors import ConfigError
 from recsys_embed.utils.types import JSON
@@ -28,6 +29,41 @@ class ParamGroups(list[JSON]):
 
     append = extend = insert = pop = remove = clear = sort = reverse = _REFUSED
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _REFUSED
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+
+# Modules that go through the parameters of an optimizer without reading their values.
+_READ_NO_VALUES = (
+    "torch.optim.", "torch.amp.", "torch.nn.utils.clip_grad", "torch.distributed.", "recsys_embed.", "lightning.",
+    "pytorch_lightning.", "accelerate.", "transformers.",
+)  # fmt: skip
+
+
+class GroupTables(list[nn.Parameter]):
+    """The tables of a param group, whose deferred steps are applied before somebody reads them.
+
+    Args:
+        tables: of some modules.
+        catch_up: applies the deferred steps.
+    """
+
+    def __init__(self, tables: Iterable[nn.Parameter], catch_up: Callable[[], object]) -> None:
+        super().__init__(tables)
+        self._catch_up = catch_up
+
+    def _before_reading(self) -> None:
+        if not f"{sys._getframe(2).f_globals.get('__name__')}.".startswith(_READ_NO_VALUES):
+            self._catch_up()
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        self._before_reading()
+        return super().__iter__()
+
+    def __getitem__(self, at: Any) -> Any:
+        self._before_reading()
+        return super().__getitem__(at)
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return list, (list(self),)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim.row_gradient import RowGradient
 from recsys_embed.utils.ddp_reducer import rebuild_reducer
+from recsys_embed.utils.dynamo import in_compiled_autograd
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -73,6 +74,11 @@ class _Exchange:
     def after_gradient(self, _: object = None) -> None:
         """In a backward: the exchange follows when it ends."""
         task = torch._C._current_graph_task_id()
+        if self._expected and in_compiled_autograd():
+            raise ConfigError(
+                "compiled autograd runs this backward, and leaves out the exchange of the tables' gradients with other "
+                "processes at its end; set torch._dynamo.config.compiled_autograd = False"
+            )
         if self._expected and task != self._waiting_in:
             self._waiting_in = task
             torch.autograd.Variable._execution_engine.queue_callback(self._exchange)

@@ -475,6 +475,11 @@ def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     return written.get(id(out), out)
 
 
+def is_dense(gradient: Tensor | None) -> bool:
+    """Whether a gradient comes from outside lookups, which leave one of rows."""
+    return gradient is not None and not (isinstance(gradient, RowGradient) and not gradient._content.dense)
+
+
 def rows_of(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows of a table that have a gradient, and their gradients: int64 ``[n]`` and ``[n, width]``.
 

@@ -177,7 +177,7 @@ def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
         table = tables[row_lookup.table]
         name = table.name if table.shared else None
         own, rest, rows = sharing(row_lookup.transform, table, terms)
-        width, rounded = span[1] - span[0], signal_kept(table)
+        width, rounded = span[1] - span[0], signal_kept(table, terms.without_network)
         if row_lookup.num_rows > 1 and spans.count(span) == 1:
             found += _pieces(own, rest, rows, row_lookup.num_rows, name, rounded)
         elif width > 1 and table.width == 1 and row_lookup.num_rows == 1:

@@ -9,6 +9,7 @@ from torch import nn
 
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.discover import FoundTable, bare_tables, find_tables
+from recsys_embed.features import Schema
 
 
 class ModelConstraints(NamedTuple):
@@ -27,13 +28,15 @@ class ModelConstraints(NamedTuple):
     itemsizes: Mapping[str, int]
 
 
-def constraints_of(model: nn.Module) -> ModelConstraints:
-    """Constraints of all tables of ``model``, by name.
+def constraints_of(model: nn.Module | Schema) -> ModelConstraints:
+    """Constraints of all tables of ``model``, by name; none of a schema.
 
     >>> model = nn.ModuleDict({"user": nn.Embedding(50, 8, max_norm=1.0), "item": nn.Embedding(20, 8)})
     >>> constraints_of(model).options
     {'user': 'max_norm'}
     """
+    if isinstance(model, Schema):
+        return ModelConstraints({}, {}, (), {})
     found = find_tables(model)
     options = {t.name: option for t in found if (option := _option(t))}
     kinds = {t.name: _kind(t) for t in found}

@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from torch import nn
-
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Initializer, Table
 from recsys_embed.errors import BudgetError
@@ -20,7 +18,7 @@ from recsys_embed.planning.explain import FeatureChoice, explain
 from recsys_embed.planning.feasibility import check_possible, pinned_tables, ways_out
 from recsys_embed.planning.frequencies import Frequencies, with_frequent_ids
 from recsys_embed.planning.loss_estimate import column_spans
-from recsys_embed.planning.model_constraints import ModelConstraints, constraints_of
+from recsys_embed.planning.model_constraints import constraints_of
 from recsys_embed.planning.network_context import network_context
 from recsys_embed.planning.options import FeatureOptions, PlanningContext, tiny_bytes
 from recsys_embed.planning.predict import curve_terms, plan_losses
@@ -98,19 +96,13 @@ def plan_for_budget(
     >>> plan = plan_for_budget(schema, "1MiB", methods=["full", "hash"])
     >>> plan["C1"].method, plan["C2"].method, plan.footprint(schema).serve <= 2**20
     ('full', 'hash', True)
-    >>> plan = plan_for_budget(schema, "5MiB", precision=["fp32", "int4"])
-    >>> plan["C2"].method, plan["C2"].precision
-    ('lowdim', 'int4')
     """
     given = schema_of(model_or_schema)
     # Sorted, so that ties are broken alike whatever the order of the features.
     schema = Schema(sorted(given.first_readers, key=lambda s: s.name))
-    constraints = (
-        constraints_of(model_or_schema) if isinstance(model_or_schema, nn.Module) else ModelConstraints({}, {}, (), {})
-    )
-    total, context = planning_context(
-        given, budget, target, methods, optimizer, itemsize_of(itemsize, constraints), precision, limits
-    )
+    constraints = constraints_of(model_or_schema)
+    itemsize = itemsize_of(itemsize, constraints)
+    total, context = planning_context(given, budget, target, methods, optimizer, itemsize, precision, limits)
     context = replace(context, limits=limits_of_tables(given, context.limits))
     frequencies = Frequencies.of(schema, statistics_of_tables(given, stats))
     weights = importance_of_tables(given, checked_importance(given, importance))
@@ -141,8 +133,7 @@ def plan_for_budget(
     if warning is not None:
         warnings.warn(warning, stacklevel=2)
         notes = replace(notes, warnings=(warning,))
-    reasons = _reasons(schema, plan, features, losses, context, frequencies.known)
-    reasons = {n: _with_readers(why, given.by_table[given[n].table_name]) for n, why in reasons.items()}
+    reasons = _reasons(schema, plan, features, losses, context, frequencies.known, given)
     return with_frequent_ids(Plan(plan.configs, reasons, notes).for_readers(given), given, stats)
 
 
@@ -235,6 +226,7 @@ def _reasons(
     losses: Mapping[str, float],
     context: PlanningContext,
     known: frozenset[str],
+    given: Schema,
 ) -> dict[str, str]:
     programs = {s.name: plan[s.name].program(s) for s in schema}
     readers: dict[str, int] = {}
@@ -259,5 +251,5 @@ def _reasons(
             readers=max((readers[t.name] for t in program.tables if t.shared), default=0),
             counted=spec.name in known,
         )
-        out[spec.name] = explain(choice, context.limits)
+        out[spec.name] = _with_readers(explain(choice, context.limits), given.by_table[given[spec.name].table_name])
     return out

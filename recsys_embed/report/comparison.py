@@ -23,7 +23,7 @@ HEADER = (
 
 
 def header(summaries: Sequence[Summary]) -> tuple[str, ...]:
-    """Titles of the columns: :data:`HEADER`, or where models find items, recall and NDCG before those of clicks.
+    """Titles of the columns: :data:`HEADER`, or of retrieval models, recall and NDCG before those of clicks.
 
     >>> header([Summary("twotower", "full", "", "ok", "", 1, ranking={"recall@10": 0.2, "ndcg@10": 0.1})])[3:6]
     ('recall@10', 'NDCG@10', 'dNDCG@10 vs full')

@@ -38,7 +38,7 @@ def _quality(s: Summary) -> tuple[float | None, float | None, str]:
 def plot_pareto(summaries: Sequence[Summary], path: str | Path) -> Path | None:
     """Draw test AUC over deployed bytes, one panel per model, and save it; None when no row has a result.
 
-    Of models that find items it is NDCG at the first k, of real labels the negative RMSE.
+    Of retrieval models it is NDCG at the first k, of real labels the negative RMSE.
 
     Args:
         summaries: lines of a comparison.

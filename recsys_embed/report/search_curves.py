@@ -1,4 +1,4 @@
-"""Curves of a search: validation AUC of each stage, and the scores of each generation."""
+"""Curves of a search: validation metric of each stage, and the scores of each generation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def plot_curves(curves: Mapping[str, Any], path: str | Path) -> Path | None:
     """Plot the ``curves.json`` of a search and save the figure; None where it has no curves.
 
     Args:
-        curves: by stage, a list of validations with ``step`` and ``auc``; for ``evolution``, ``scores`` of all
+        curves: by stage, a list of validations with ``step`` and ``auc`` (``rmse`` of real
+            labels, ``ndcg@k`` of retrieval models); for ``evolution``, ``scores`` of all
             candidates and where each generation ``ends`` among them.
         path: file to write; its suffix picks the format (png, svg, pdf).
 
@@ -31,8 +32,9 @@ def plot_curves(curves: Mapping[str, Any], path: str | Path) -> Path | None:
         if name == "evolution":
             _generations(axis, found["scores"], found["ends"])
         else:
-            axis.plot([h["step"] for h in found], [h["auc"] for h in found], marker="o", markersize=3)
-            axis.set(xlabel="step", ylabel="validation AUC")
+            key = _quality(found[0])
+            axis.plot([h["step"] for h in found], [h[key] for h in found], marker="o", markersize=3)
+            axis.set(xlabel="step", ylabel=f"validation {key.upper()}")
             axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(name)
         axis.grid(alpha=0.3)
@@ -40,6 +42,11 @@ def plot_curves(curves: Mapping[str, Any], path: str | Path) -> Path | None:
     save_figure(figure, path)
     plt.close(figure)
     return path
+
+
+def _quality(validation: Mapping[str, float]) -> str:
+    """The key that validations are compared by."""
+    return next((k for k in validation if k.startswith("ndcg@") or k == "rmse"), "auc")
 
 
 def _generations(axis: Any, scores: list[float], ends: list[int]) -> None:

@@ -111,13 +111,13 @@ class Search(ABC):
         """Arguments of :func:`build_retrained` that go on with a trained supernet's network and first-order weights."""
         found: StartWeights = {"tables": tables, "dense": dense_weights(net.model)}
         if net.model.linear is not None:
-            first = {s.name: net.model.linear.table(f"{s.name}.weight").detach() for s in self.schema}
-            found["linear"] = {s.name: (first[s.name], c) for s, c in zip(self.schema, self.counts, strict=True)}
+            first = {s.name: net.model.linear.table(f"{s.table_name}.weight").detach() for s in self.first_readers}
+            found["linear"] = {s.name: (first[s.name], c) for s, c in zip(self.first_readers, self.counts, strict=True)}
         return found
 
     @cached_property
     def counts(self) -> list[Tensor]:
-        """How often each id of each feature occurs in training: int64 ``[num_ids]`` each."""
+        """How often each id of each table occurs in training: int64 ``[num_ids]`` each."""
         return id_counts(self.data, self.schema)
 
     # -- what it works on -----------------------------------------------------------------------------------------
@@ -126,6 +126,11 @@ class Search(ABC):
     def schema(self) -> Schema:
         """Features at the width of the settings."""
         return schema_of(self.data, self.config)
+
+    @property
+    def first_readers(self) -> Schema:
+        """The first feature of each table: what is masked, pruned and stored once, whatever else reads it."""
+        return self.schema.first_readers
 
     @cached_property
     def linear_bytes(self) -> int:

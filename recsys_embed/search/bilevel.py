@@ -63,7 +63,7 @@ class BilevelTrainer(Trainer):
         self._upper_batches: Iterator[Batch] | None = None
 
     def _dense_optimizer(self) -> tuple[torch.optim.Adam, list[nn.Parameter]]:
-        if any(p.requires_grad for p in self.net.model.parameters()):
+        if any(p.requires_grad for p in self.net.model.trainable()):
             return super()._dense_optimizer()
         # A model whose tables step inside backward may have nothing else that counts as an embedding.
         nothing = nn.Parameter(torch.zeros(0, device=self.device))
@@ -89,7 +89,7 @@ class BilevelTrainer(Trainer):
         return value
 
     def _loss(self, batch: Batch) -> Tensor:
-        return loss_of(self.net, batch)
+        return loss_of(self.model, batch, loss=self.config.loss, args=self.loss_args)
 
     def _select(self, train: Batch, unseen: Batch) -> None:
         """Move the selection."""

@@ -5,65 +5,51 @@ from __future__ import annotations
 from recsys_embed.data.checks import label_faults
 from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import ConfigError, DataError, raise_faults
-from recsys_embed.models import RetrievalModel, get_model
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.losses import LOSSES
+from recsys_embed.train.quality import quality_of
 
 LEAST_OF_A_CLASS = 50
 """Fewest rows of the rarer class for which a metric is more than noise."""
 
 
-def need_validation(data: DataSource) -> None:
+def need_validation(data: DataSource, config: TrainConfig | None = None) -> None:
     """Refuse data on which candidates cannot be told apart.
 
+    Args:
+        data: data set.
+        config: what its rows must suffice for; by default labels 0 and 1.
+
     Raises:
-        ConfigError: no validation rows, or too few of a class.
+        ConfigError: no validation rows, too few, or too few of a class.
     """
     if "valid" not in data.splits:
         raise ConfigError(
             "a search chooses by validation rows, and this data has no split 'valid'; convert it with --valid 1/12"
         )
-    need_classes(data, "valid", "compare candidates", "Convert the data with a larger --valid")
+    need_rows(data, config or TrainConfig(), "valid", "compare candidates", "Convert the data with a larger --valid")
 
 
-def need_logloss(config: TrainConfig) -> None:
-    """Refuse another loss than logloss: searches compare candidates by AUC.
-
-    Raises:
-        ConfigError: says what to do.
-    """
-    if not LOSSES[config.loss].needs_labels:
-        raise ConfigError(
-            f"a search compares candidates by the AUC of labels 0 and 1, and loss={config.loss!r} ranks items; train "
-            "several methods and ratios beside each other: recsys-embed compare, which tells recall and NDCG"
-        )
-    if config.loss != "logloss":
-        raise ConfigError(
-            f"a search compares candidates by the AUC of labels 0 and 1; got loss={config.loss!r}. Map the labels, "
-            "e.g. label > 0, or plan without a search: recsys-embed plan"
-        )
-
-
-def need_single_ids(data: DataSource, config: TrainConfig) -> None:
-    """Refuse lists and sequences, which the layers of a supernet, one vector per feature and row, cannot mask.
+def need_rows(data: DataSource, config: TrainConfig, split: str, purpose: str, remedy: str) -> None:
+    """Refuse a split on which runs of these settings cannot be compared: too few rows, or too few of a class.
 
     Raises:
-        ConfigError: names them, and what else chooses their storage.
+        ConfigError: says what they are for, and the remedy.
+        DataError: labels that are not what the loss takes.
     """
-    need_logloss(config)
-    if issubclass(get_model(config.model), RetrievalModel):
-        raise ConfigError(
-            f"a search of rows and widths masks the vectors of one id per feature and row, and model {config.model!r} "
-            "also looks up items alone. Choose methods and sizes by `search methods`, which trains whole plans, or by "
-            "`compare`"
-        )
-    count = getattr(data, "num_lists", 0)
-    if count:
-        names = ", ".join(data.schema(1).names[-count:])
-        raise ConfigError(
-            f"a search of rows and widths needs one id per feature and row; {names} have lists. Choose methods and "
-            "sizes by `search methods`, which trains whole plans, or by `plan`"
-        )
+    quality = quality_of(config)
+    if quality.key == "auc":
+        need_classes(data, split, purpose, remedy)
+        return
+    # Retrieval models learn and rank the rows of label 1, and all where there are no labels.
+    wanted = 2 * LEAST_OF_A_CLASS if quality.key == "rmse" else LEAST_OF_A_CLASS
+    found, what = 0, "rows" if quality.key == "rmse" else "positives"
+    for batch in data.batches(split, 1 << 16, shuffle=False):
+        found += len(batch.label) if quality.key == "rmse" else int((batch.label != 0).sum())
+        if found >= wanted:
+            return
+    raise ConfigError(
+        f"the split {split!r} is too small to {purpose}: {found} {what}; at least {wanted} are needed. {remedy}"
+    )
 
 
 def need_classes(data: DataSource, split: str, purpose: str, remedy: str) -> None:

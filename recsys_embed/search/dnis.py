@@ -14,10 +14,10 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.plan import Plan
 from recsys_embed.search.base import Search
 from recsys_embed.search.bilevel import BilevelTrainer
-from recsys_embed.search.checks import need_classes, need_validation
+from recsys_embed.search.checks import need_rows, need_validation
 from recsys_embed.search.extract import chunks, make_plan
 from recsys_embed.search.frequency_blocks import block_maps, block_sizes, order_of
-from recsys_embed.search.layers import DnisLayer
+from recsys_embed.search.layers import DnisLayer, table_numbers
 from recsys_embed.search.pruning import FieldBlocks, choose_elements, importance_of, keep_columns, keep_elements
 from recsys_embed.search.registry import register_search
 from recsys_embed.search.retrain import StartWeights
@@ -53,7 +53,7 @@ class DnisSearch(Search):
 
     def check(self) -> None:
         """Refuse data without rows to choose by."""
-        need_validation(self.data)
+        need_validation(self.data, self.config)
         if not self.held_out:
             return
         if not hasattr(self.data, "held_out"):
@@ -62,8 +62,8 @@ class DnisSearch(Search):
                 f"{type(self.data).__name__}. With held_out=0 the selection is fitted on the validation rows"
             )
         otherwise = "or set it to 0, which fits the selection on the validation rows"
-        need_classes(self.seen, HELD_OUT, "fit the selection on", f"Raise `held_out`, {otherwise}")
-        need_classes(self.seen, "train", "train on", f"Lower `held_out`, {otherwise}")
+        need_rows(self.seen, self.config, HELD_OUT, "fit the selection on", f"Raise `held_out`, {otherwise}")
+        need_rows(self.seen, self.config, "train", "train on", f"Lower `held_out`, {otherwise}")
 
     @property
     def held_out(self) -> float:
@@ -83,7 +83,8 @@ class DnisSearch(Search):
 
     def build(self) -> Supernet:
         """The supernet, untrained."""
-        layer = DnisLayer(block_maps(self.counts, self.sizes, self.settings.scope), self.config.embedding_dim)
+        layer = DnisLayer(block_maps(self.counts, self.sizes, self.settings.scope), self.config.embedding_dim,
+                          table_numbers(self.schema))  # fmt: skip
         layer.alpha.requires_grad_(False)
         return Supernet(self.full_model(), layer.to(self.device or "cpu"))
 
@@ -107,7 +108,7 @@ class DnisSearch(Search):
     def _merge(self, net: Supernet) -> None:
         """In place, since there may be no room for a copy of the tables."""
         layer = cast("DnisLayer", net.layer)
-        for field, name in enumerate(self.schema.names):
+        for field, name in enumerate(self.first_readers.names):
             blocks = layer.blocks_of(field)
             for start, rows in chunks(net.table(name)):
                 rows.mul_(layer.alpha[blocks[start : start + len(rows)]])
@@ -115,12 +116,12 @@ class DnisSearch(Search):
 
     @cached_property
     def tables(self) -> dict[str, Tensor]:
-        """The tables of the searched supernet by feature: ``[num_ids, D]`` each."""
-        return {name: self.net.table(name).detach() for name in self.schema.names}
+        """The tables of the searched supernet, by the first feature that reads each: ``[num_ids, D]`` each."""
+        return {name: self.net.table(name).detach() for name in self.first_readers.names}
 
     def search(self) -> Plan:
         """Warm start, alternating steps, pruning."""
-        s, schema = self.settings, self.schema
+        s, schema = self.settings, self.first_readers
         pruned = "oov" if s.shared else "zero"
         limits: dict[str, Any] = {"budget": self.vector_budget, "sparsity": s.sparsity}
         if s.structure == "elements":
@@ -128,13 +129,13 @@ class DnisSearch(Search):
             chosen = {spec.name: choose_elements(spec, k, pruned) for spec, k in zip(schema, masks, strict=True)}
             reasons = {spec.name: f"kept {int(k.sum()):,} of {k.numel():,} elements"
                        for spec, k in zip(schema, masks, strict=True)}  # fmt: skip
-            return make_plan(schema, chosen, reasons)
+            return make_plan(self.schema, chosen, reasons)
         fields = [self._blocks(f) for f in range(len(schema))]
         chosen = keep_columns(fields, pruned, **limits)
-        return make_plan(schema, chosen, {f.spec.name: _words(f, chosen[f.spec.name][0]) for f in fields})
+        return make_plan(self.schema, chosen, {f.spec.name: _words(f, chosen[f.spec.name][0]) for f in fields})
 
     def _blocks(self, field: int) -> FieldBlocks:
-        spec, counts = self.schema.features[field], self.counts[field]
+        spec, counts = self.first_readers.features[field], self.counts[field]
         order = order_of(counts)
         sizes = [n for n in self.sizes[field] if n]
         ranks = torch.arange(spec.num_ids) if order is None else order

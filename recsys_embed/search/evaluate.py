@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,14 +11,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from recsys_embed.data.batch import Batch
+from recsys_embed.data.batch import Batch, as_batch
 from recsys_embed.data.data_source import BatchSource
 from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.models import RetrievalModel
+from recsys_embed.search.batch_lookups import BatchLookups
 from recsys_embed.search.evolution import Candidate
 from recsys_embed.search.layers import OptembedLayer
 from recsys_embed.search.supernet import Supernet, batch_norms
 from recsys_embed.train.checkpoint import CheckpointTimer, load_checkpoint, save_checkpoint
-from recsys_embed.train.metrics import BinaryMetrics, Metrics
+from recsys_embed.train.config import TrainConfig
+from recsys_embed.train.evaluation import evaluate
+from recsys_embed.train.losses import LOSSES
+from recsys_embed.train.metrics import BinaryMetrics, Metrics, RealMetrics
+from recsys_embed.train.quality import quality_of
+from recsys_embed.train.retrieval_metrics import Seen
 from recsys_embed.train.stop_request import Interrupted, StopRequest
 
 _HELD = ("running_mean", "running_var", "momentum", "num_batches_tracked")
@@ -30,7 +37,7 @@ Statistics = list[tuple[Any, ...]]
 class _Pass:
     """An evaluation: what it has found, and the batch and the candidate that come next."""
 
-    sums: list[BinaryMetrics]
+    sums: list[BinaryMetrics | RealMetrics]
     batch: int = 0
     candidate: int = 0
 
@@ -41,6 +48,7 @@ class CandidateEvaluator:
     Args:
         net: a supernet with an :class:`OptembedLayer`, trained; it is put into evaluation mode.
         data: the data set.
+        config: settings that the supernet was trained by: their loss, and how lists of items are told of.
         split: where candidates are evaluated.
         rows: evaluate on the first so many rows only; None: all.
         recalibrate: batches of the training split from which each candidate's batch-norm statistics are taken anew,
@@ -74,6 +82,7 @@ class CandidateEvaluator:
         self,
         net: Supernet,
         data: BatchSource,
+        config: TrainConfig | None = None,
         *,
         split: str = "valid",
         rows: int | None = None,
@@ -89,24 +98,27 @@ class CandidateEvaluator:
                 f"a search needs a split {split!r} to compare candidates on; got {', '.join(data.splits)}"
             )
         self.net, self.data, self.split, self.rows = net.eval(), data, split, rows
+        self.config = config or TrainConfig(model=net.model.key)
+        self.quality = quality_of(self.config)
+        # What the users of splits have seen, of retrieval models.
+        self._seen: Seen = {}
         self.recalibrate, self.batch_size, self.seed, self.device, self.stop = (
             recalibrate, batch_size, seed, device, stop
         )  # fmt: skip
         self.keep, self._cadence = keep, CheckpointTimer()
         self.layer = cast("OptembedLayer", net.layer)
         self.norms = batch_norms(net)
+        if recalibrate and self.norms and isinstance(net.model, RetrievalModel):
+            raise ConfigError(
+                "`recalibrate` is for models that score rows; set it to 0 (search.recalibrate=0) with models that find "
+                f"items, such as {net.model.key!r}"
+            )
 
     def _batches(self, start: int) -> Iterator[Batch]:
         """Batches of the first ``rows`` rows of the split, from the one with index ``start`` on."""
         left = (self.rows if self.rows is not None else float("inf")) - start * self.batch_size
         options: dict[str, Any] = {"shuffle": False, "device": self.device, "start_batch": start}
-        for batch in self.data.batches(self.split, self.batch_size, **options):
-            if left <= 0:
-                return
-            n = int(min(left, len(batch.label)))
-            left -= n
-            # Of one id per feature: lists have been refused.
-            yield batch if n == len(batch.label) else Batch(batch.dense[:n], batch.ids[:n], batch.label[:n])
+        yield from _first(self.data.batches(self.split, self.batch_size, **options), left)
 
     def _run(
         self,
@@ -118,24 +130,38 @@ class CandidateEvaluator:
     ) -> None:
         """Logits of a batch for candidates from ``first`` on, handed to ``after(number, logits)``."""
         net = self.net
+        inputs = batch.inputs if isinstance(batch, Batch) else batch.ids
+        if not net.takes_matrix(inputs):
+            once = BatchLookups(net)
+            for number in range(first, len(columns)):
+                self._refuse_to_go_on()
+                before(number)
+                with once.with_columns(columns[number]):
+                    after(number, net(batch.dense, inputs))
+            return
         found = {key: c for key, c in net.collections().items() if c is not net.vectors}
         # Pruned rows are the same for all candidates; only columns differ.
         net.stand_in = lambda out: self.layer.prune(out, batch.ids)
         looked_up = {"embedding": net.vectors(batch.ids), **{key: c(batch.ids) for key, c in found.items()}}
         with net.replay(looked_up):
             for number in range(first, len(columns)):
-                if self.stop is not None and self.stop.requested:
-                    raise Interrupted("stopped while candidates were evaluated; run the same command again to go on")
+                self._refuse_to_go_on()
                 net.stand_in = columns[number].mul
                 before(number)
                 after(number, net(batch.dense, batch.ids))
         net.stand_in = None
+
+    def _refuse_to_go_on(self) -> None:
+        if self.stop is not None and self.stop.requested:
+            raise Interrupted("stopped while candidates were evaluated; run the same command again to go on")
 
     @torch.no_grad()
     def metrics(self, candidates: Sequence[Candidate]) -> list[Metrics]:
         """Metrics of every candidate; one pass over the rows, whatever their number."""
         if not candidates:
             return []
+        if isinstance(self.net.model, RetrievalModel):
+            return [self._of_items(self.net.model, candidate) for candidate in candidates]
         device = self.net.table(self.net.vectors.schema.names[0]).device
         columns = [self.layer.columns(torch.tensor(c, device=device)) for c in candidates]
         statistics = self._statistics(columns) if self.recalibrate and self.norms else None
@@ -163,11 +189,29 @@ class CandidateEvaluator:
             self._set(kept)
             self.net.stand_in = None
         found = [s.compute() for s in seen.sums]
-        if not 0 < found[0].positives < found[0].samples:
+        if self.quality.key == "auc" and not 0 < found[0].positives < found[0].samples:
             raise DataError(
                 f"the {found[0].samples} rows of split {self.split!r} that candidates are compared on are of one "
                 "class; use more of them"
             )
+        return found
+
+    def _of_items(self, model: RetrievalModel, candidate: Candidate) -> Metrics:
+        """Metrics of one candidate by a pass of its own: every user's items are ranked anew."""
+        config, data = self.config, self.data
+        device = model.in_catalogue.device
+        self.layer.widths = torch.tensor(candidate, device=device)
+        try:
+            found = evaluate(
+                model, data if self.rows is None else FirstRows(data, self.split, self.rows), self.split,
+                batch_size=self.batch_size, device=self.device, stop=self.stop, loss=config.loss, top_k=config.top_k,
+                exclude_seen=config.exclude_seen, seen=self._seen,
+            )  # fmt: skip
+        finally:
+            self.layer.widths = None
+        if found is None:
+            self._refuse_to_go_on()
+            raise DataError(f"the split {self.split!r} has no rows")
         return found
 
     def _asked(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
@@ -190,7 +234,7 @@ class CandidateEvaluator:
 
     def _known(self, candidates: Sequence[Candidate]) -> _Pass:
         """The evaluation of these candidates that was stopped, or a new one."""
-        seen = _Pass([BinaryMetrics() for _ in candidates])
+        seen = _Pass([LOSSES[self.config.loss].metrics() for _ in candidates])
         saved = load_checkpoint(self.keep) if self.keep is not None and self.keep.exists() else {}
         if saved.get("config") == self._asked(candidates):
             seen.batch, seen.candidate = saved["batch"], saved["candidate"]
@@ -201,6 +245,10 @@ class CandidateEvaluator:
     def auc(self, candidates: Sequence[Candidate]) -> list[float]:
         """AUC of every candidate."""
         return [m.auc for m in self.metrics(candidates)]
+
+    def scores(self, candidates: Sequence[Candidate]) -> list[float]:
+        """The quality of every candidate, larger is better: AUC, minus RMSE of real labels, or NDCG of items."""
+        return [self.quality.score(self.quality.of(m)) for m in self.metrics(candidates)]
 
     def _present(self) -> Statistics:
         return [tuple(getattr(m, name) for name in _HELD) for m in self.norms]
@@ -238,3 +286,33 @@ class CandidateEvaluator:
             self.net.stand_in = None
         return [[(mean, var, momentum, n) for (mean, var, _, n), (_, _, momentum, _) in zip(s, kept, strict=True)]
                 for s in found]  # fmt: skip
+
+
+def _first(batches: Iterable[Batch], rows: float) -> Iterator[Batch]:
+    """The batches of the first rows; the last one may be cut."""
+    for batch in batches:
+        if rows <= 0:
+            return
+        n = int(min(rows, len(batch.label)))
+        rows -= n
+        yield batch if n == len(batch.label) else as_batch(batch).map(lambda part, n=n: part[:n])  # type: ignore[misc]
+
+
+class FirstRows:
+    """A data set with the first rows of one split in place of all of them."""
+
+    def __init__(self, data: BatchSource, split: str, rows: int) -> None:
+        self._data, self._split, self._rows = data, split, rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+    @property
+    def splits(self) -> Collection[str]:
+        """Those of the data set."""
+        return self._data.splits
+
+    def batches(self, split: str, *args: Any, **options: Any) -> Any:
+        """Those of the data set."""
+        found = self._data.batches(split, *args, **options)
+        return list(_first(found, self._rows)) if split == self._split else found

@@ -52,9 +52,9 @@ def choose(spec: FeatureSpec, kept: Tensor, width: int, pruned: str = "zero") ->
 def make_plan(
     schema: Schema, chosen: Mapping[str, tuple[MethodConfig, dict[str, str]]], reasons: Mapping[str, str] | None = None
 ) -> Plan:
-    """A plan of configurations with their sets, by feature."""
+    """A plan of configurations with their sets, by the first feature of each table."""
     sets = {name: texts for name, (_, texts) in chosen.items() if texts}
-    plan = Plan({name: config for name, (config, _) in chosen.items()}, reasons or {}, sets=sets)
+    plan = Plan({name: config for name, (config, _) in chosen.items()}, reasons or {}, sets=sets).for_readers(schema)
     plan.check(schema)
     return plan
 
@@ -62,9 +62,7 @@ def make_plan(
 def initial_table(spec: FeatureSpec, seed: int) -> Tensor:
     """The full table that a collection of ``seed`` starts from: ``[num_ids, embedding_dim]``."""
     table = get_method("full").config_cls.from_params({}).program(spec).tables[0]
-    return table.init.fill_(
-        torch.empty(table.rows, table.width), hashing.salt(seed, "init", f"{spec.name}.{table.name}")
-    )
+    return table.init.fill_(torch.empty(table.rows, table.width), hashing.salt(seed, "init", table_key(spec, table)))
 
 
 def _ids_of(collection: EmbeddingCollection, spec: FeatureSpec, row_lookup: RowLookup) -> Tensor | None:
@@ -93,8 +91,8 @@ def take_rows(collection: EmbeddingCollection, name: str, dense: Tensor, shared:
 
 
 def full_bytes(schema: Schema) -> int:
-    """Bytes of full tables of all features."""
-    return sum(4 * s.num_ids * s.embedding_dim for s in schema)
+    """Bytes of full tables of all features, each table once."""
+    return sum(4 * s.num_ids * s.embedding_dim for s in schema.first_readers)
 
 
 def widths_text(schema: Schema, kept: Sequence[Tensor], widths: Sequence[int]) -> dict[str, str]:

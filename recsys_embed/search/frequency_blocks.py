@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from recsys_embed.data.batch import as_batch
 from recsys_embed.data.data_source import BatchSource, DataSource
 from recsys_embed.features import Schema
 
@@ -16,27 +17,42 @@ _RANKED = 0.98
 
 
 def id_counts(data: DataSource, schema: Schema) -> list[Tensor]:
-    """How often each id of each feature occurs in training: int64 ``[num_ids]`` per feature.
+    """How often each id of each table occurs in training: int64 ``[num_ids]`` per table; of all features that read it.
 
-    As the data set knows it; one that does not is read once.
+    As the data set knows it; one that does not is read once. Data folders tell for each feature the counts of its whole
+    vocabulary, other data sets those of the feature.
     """
     known = getattr(data, "counts", None)
     found: list[Tensor] = []
-    for spec in schema:
-        counts = None if known is None else known(spec.name)
+    for spec in schema.first_readers:
+        counts = None if known is None else _of_table([known(s.name) for s in schema.by_table[spec.table_name]])
         if counts is None:
             return count_ids(data, schema)
         found.append(pad(counts, (0, spec.num_ids - len(counts))))
     return found
 
 
+def _of_table(counts: Sequence[Tensor | None]) -> Tensor | None:
+    """Counts of a table from those of its features; None where some are not known."""
+    known = [c for c in counts if c is not None]
+    if len(known) < len(counts):
+        return None
+    if all(torch.equal(c, known[0]) for c in known):
+        return known[0]
+    total = torch.zeros(max(map(len, known)), dtype=torch.int64)
+    for c in known:
+        total[: len(c)] += c
+    return total
+
+
 def count_ids(data: BatchSource, schema: Schema, split: str = "train", batch_size: int = 1 << 16) -> list[Tensor]:
-    """How often each id of each feature occurs in a split: int64 ``[num_ids]`` per feature; one pass."""
-    counts = [torch.zeros(s.num_ids, dtype=torch.int64) for s in schema]
+    """How often each id of each table occurs in a split: int64 ``[num_ids]`` per table; one pass."""
+    counts = {table: torch.zeros(readers[0].num_ids, dtype=torch.int64) for table, readers in schema.by_table.items()}
     for batch in data.batches(split, batch_size, shuffle=False):
-        for found, ids in zip(counts, batch.ids.unbind(1), strict=True):
-            found += torch.bincount(ids, minlength=len(found))
-    return counts
+        parts = as_batch(batch)
+        for number, spec in enumerate(schema):
+            counts[spec.table_name] += torch.bincount(parts.feature(number), minlength=spec.num_ids)
+    return list(counts.values())
 
 
 def is_ranked(counts: Tensor) -> bool:

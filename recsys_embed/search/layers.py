@@ -1,7 +1,8 @@
 """Search layers: learned masks and scales between the lookup and the network, for any model with embeddings.
 
 Each takes the vectors of all fields ``[B, F, D]``, from a collection or several ``nn.Embedding``, and returns them
-masked or scaled.
+masked or scaled. ``mask_ids`` does so with the vectors ``[n, D]`` of the ids of bags before these are pooled; features
+that share a table are one field there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.collection.unpooled_bags import UnpooledBags
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.kernels.native.masks import MaskParameters, mask_vectors
@@ -70,6 +72,8 @@ class OptembedLayer(nn.Module):
         norm: 1 or 2, of a whole row.
         oov: learn a vector per field that stands for pruned rows; Xavier-uniform over ``[F, D]`` to begin with.
         sizes: ids of each field.
+        field_of: of each feature, its field: features that share a table have one threshold and one width; None: every
+            feature is a field.
 
     The thresholds are for plain SGD without weight decay, see :meth:`step`; all else is for Adam with L2.
 
@@ -88,6 +92,7 @@ class OptembedLayer(nn.Module):
         norm: int = 1,
         oov: bool = False,
         sizes: Sequence[int] | None = None,
+        field_of: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         faults = []
@@ -109,8 +114,11 @@ class OptembedLayer(nn.Module):
         self.oov: nn.Parameter | None = None
         if oov and rows != "none":
             self.oov = nn.Parameter(nn.init.xavier_uniform_(torch.empty(fields, width)))
+        self.register_buffer("field_of", _numbers(field_of, fields), persistent=False)
         # Columns that evaluation keeps of each field; None keeps all.
         self.widths: Tensor | None = None
+        # Widths of each row and field of the batch that is at work, see `draw`.
+        self.drawn: Tensor | None = None
 
     def threshold_of(self, ids: Tensor | None) -> Tensor:
         """Thresholds that broadcast with norms ``[B, F]`` of the rows of ``ids [B, F]``."""
@@ -130,14 +138,70 @@ class OptembedLayer(nn.Module):
 
     def prune(self, vectors: Tensor, ids: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
         """Vectors without pruned rows; ``columns`` ``[..., D]`` of 0 and 1 mask what is left."""
-        kept = vectors if columns is None else vectors * columns
         if self.thresholds is None:
-            return kept
-        keep = self.keep(vectors, self.threshold_of(ids)).unsqueeze(-1)
-        if self.oov is None:
+            return vectors if columns is None else vectors * columns
+        return self._pruned(vectors, self.threshold_of(ids), self.oov, columns)
+
+    def _pruned(self, vectors: Tensor, thresholds: Tensor, oov: Tensor | None, columns: Tensor | None) -> Tensor:
+        kept = vectors if columns is None else vectors * columns
+        keep = self.keep(vectors, thresholds).unsqueeze(-1)
+        if oov is None:
             return keep * kept
-        fallback = self.oov if columns is None else self.oov * columns
+        fallback = oov if columns is None else oov * columns
         return keep * kept + (1 - keep) * fallback
+
+    def draw(self, batch: int) -> None:
+        """Draw the widths of each row and field of a batch, for all its vectors until the next draw; 0 forgets them."""
+        device = self.get_buffer("starts").device
+        training = self.training and self.dims and batch > 0
+        self.drawn = torch.randint(1, self.width + 1, (batch, self.fields), device=device) if training else None
+
+    def mask_ids(self, vectors: Tensor, ids: Tensor, feature: Tensor | int, row: Tensor | None) -> Tensor:
+        """Masked vectors ``[n, D]``, before they are pooled.
+
+        Prefixes commute with pooling, so bags of one width are those of vectors of one width.
+
+        Args:
+            vectors: ``[n, D]``.
+            ids: int64 ``[n]``.
+            feature: position of the feature of each, int64 ``[n]``, or of all.
+            row: the row of the batch of each, int64 ``[n]``, whose widths :meth:`draw` has drawn; None: each has its
+                own width.
+        """
+        field = self.get_buffer("field_of")[feature]
+        columns, widths = None, self._widths_of(field, row, len(ids))
+        if widths is not None:
+            columns = self.columns(widths)
+        if self.thresholds is None:
+            return vectors if columns is None else vectors * columns
+        at = field if self.rows == "field" else self.get_buffer("starts")[field] + ids
+        thresholds = self.thresholds.index_select(0, at.expand(len(ids)))
+        oov = None if self.oov is None else self.oov[field]
+        if oov is None and columns is None:
+            found = self._by_kernels(vectors, thresholds, None)
+        elif oov is None and widths is not None:
+            found = self._by_kernels(vectors, thresholds, widths.expand(len(ids)))
+        else:
+            found = None
+        return self._pruned(vectors, thresholds, oov, columns) if found is None else found
+
+    def _widths_of(self, field: Tensor, row: Tensor | None, count: int) -> Tensor | None:
+        """Columns that vectors of fields keep, ``[n]`` or one for all; None: all."""
+        if self.training and self.dims:
+            if row is not None and self.drawn is not None:
+                return self.drawn[row, field]
+            return torch.randint(1, self.width + 1, (count,), device=field.device)
+        return None if self.widths is None else self.widths.to(field.device)[field]
+
+    def _by_kernels(self, vectors: Tensor, thresholds: Tensor, widths: Tensor | None) -> Tensor | None:
+        """As :meth:`_pruned` without ``oov``: each vector as a row of its own of one field."""
+        count = len(vectors)
+        numbers = torch.arange(count, device=vectors.device).unsqueeze(1)
+        starts = torch.tensor([0, count], device=vectors.device)
+        columns = None if widths is None else widths.contiguous().unsqueeze(1)
+        parameters = MaskParameters(self.width, starts, thresholds, self.norm, columns)
+        found = mask_vectors(parameters, numbers, vectors.unsqueeze(1))
+        return None if found is None else found.squeeze(1)
 
     def columns(self, widths: Tensor) -> Tensor:
         """Prefix masks ``[..., D]`` of ``widths [...]``.
@@ -190,13 +254,14 @@ class DnisLayer(nn.Module):
     Args:
         blocks: of each field, the block of each id: int64 ``[ids]``; blocks are numbered through all fields.
         width: D.
+        field_of: of each feature, its field, the table that it reads; None: every feature is a field.
 
     >>> layer = DnisLayer([torch.tensor([0, 1])], width=4)
     >>> layer(torch.ones(3, 1, 4), torch.tensor([[0], [1], [1]])).shape, layer.alpha.shape
     (torch.Size([3, 1, 4]), torch.Size([2, 4]))
     """
 
-    def __init__(self, blocks: Sequence[Tensor], width: int) -> None:
+    def __init__(self, blocks: Sequence[Tensor], width: int, field_of: Sequence[int] | None = None) -> None:
         super().__init__()
         self.width = width
         joined = torch.cat([b.long() for b in blocks])
@@ -205,6 +270,7 @@ class DnisLayer(nn.Module):
         # One byte per id where possible. The map is not in the state dict, because it follows from the counts.
         self.register_buffer("block", joined.to(torch.uint8 if count <= 256 else torch.int32), persistent=False)
         self.register_buffer("starts", torch.tensor([0, *accumulate(len(b) for b in blocks)]), persistent=False)
+        self.register_buffer("field_of", _numbers(field_of, len(blocks)), persistent=False)
         self.sizes = [len(b) for b in blocks]
 
     def blocks_of(self, field: int) -> Tensor:
@@ -227,6 +293,18 @@ class DnisLayer(nn.Module):
             return found
         block = self.get_buffer("block")[ids + self.get_buffer("starts")[:-1]].long()
         return vectors * nn.functional.embedding(block, self.alpha)
+
+    def mask_ids(self, vectors: Tensor, ids: Tensor, feature: Tensor | int, row: Tensor | None) -> Tensor:
+        """``vectors [n, D]`` of ``ids [n]`` before they are pooled, scaled; see :meth:`OptembedLayer.mask_ids`."""
+        starts, blocks = self.get_buffer("starts"), self.get_buffer("block")
+        places = starts[self.get_buffer("field_of")[feature]] + ids
+        # All fields as one, whose ids are numbered through.
+        ends = torch.tensor([0, len(blocks)], device=ids.device)
+        parameters = MaskParameters(self.width, ends, scales=self.alpha, blocks=blocks)
+        found = mask_vectors(parameters, places.unsqueeze(1), vectors.unsqueeze(1))
+        if found is not None:
+            return found.squeeze(1)
+        return vectors * nn.functional.embedding(blocks[places].long(), self.alpha)
 
     @torch.no_grad()
     def step(self, grad: Tensor, lr: float, second: Tensor | None = None) -> None:
@@ -281,12 +359,14 @@ class PepLayer(nn.Module):
 
     def __init__(self, schema: Schema, granularity: Granularity, *, init: float, lr: float, decay: float) -> None:
         super().__init__()
-        width, fields = schema.features[0].embedding_dim, len(schema)
+        width, fields = schema.features[0].embedding_dim, len(schema.by_table)
+        self.register_buffer("field_of", torch.tensor(table_numbers(schema)), persistent=False)
         self.few: nn.Parameter | None = None
         self.many: EmbeddingCollection | None = None
         if granularity in ("feature", "feature_dimension"):
             narrow = schema.with_dim(1 if granularity == "feature" else width)
             self.many = EmbeddingCollection(narrow, optimizer=Adam(lr=lr, weight_decay=decay, rows="all"))
+            self._rows = UnpooledBags(self.many)
             with torch.no_grad():
                 for name in self.many.storages:
                     self.many.get_parameter(name).fill_(init)
@@ -298,19 +378,44 @@ class PepLayer(nn.Module):
         """``vectors [B, F, D]`` of ``ids [B, F]``, thresholded."""
         return soft_threshold(vectors, self.few if self.few is not None else self._many(ids))
 
+    def mask_ids(self, vectors: Tensor, ids: Tensor, feature: Tensor | int, row: Tensor | None) -> Tensor:
+        """``vectors [n, D]`` of ``ids [n]`` before they are pooled; see :meth:`OptembedLayer.mask_ids`."""
+        if self.few is None:
+            return soft_threshold(vectors, self._rows.vectors(ids, feature))
+        if len(self.few) == 1:
+            return soft_threshold(vectors, self.few)
+        field = self.get_buffer("field_of")[feature]
+        return soft_threshold(vectors, self.few.index_select(0, field.reshape(-1)))
+
     def _many(self, ids: Tensor) -> Tensor:
         if self.many is None:
             raise ConfigError("this layer has no thresholds per row")
         out: Tensor = self.many(ids)
         return out
 
-    def of(self, field: int, name: str) -> Tensor:
-        """Raw thresholds that broadcast with a field's table ``[ids, D]``."""
+    def of(self, field: int, table: str) -> Tensor:
+        """Raw thresholds that broadcast with a field's table ``[ids, D]``, of the name that the schema has for it."""
         if self.many is not None:
-            return self.many.table(f"{name}.weight")
+            return self.many.table(f"{table}.weight")
         if self.few is None:
             raise ConfigError("this layer has no thresholds")
         return self.few[field if len(self.few) > 1 else 0]
+
+
+def _numbers(field_of: Sequence[int] | None, fields: int) -> Tensor:
+    return torch.arange(fields) if field_of is None else torch.tensor(list(field_of))
+
+
+def table_numbers(schema: Schema) -> list[int]:
+    """Of each feature the number of its table, in the order of the first features that read them.
+
+    >>> from recsys_embed import FeatureSpec
+    >>> item, user = FeatureSpec("item", 9, 4), FeatureSpec("user", 9, 4)
+    >>> table_numbers(Schema([item, user, FeatureSpec("seen", 9, 4, table="item")]))
+    [0, 1, 0]
+    """
+    numbers = {table: number for number, table in enumerate(schema.by_table)}
+    return [numbers[spec.table_name] for spec in schema]
 
 
 __getattr__ = earlier_names(__name__, {"Rows": "search.layers.RowThresholds"})

@@ -19,7 +19,7 @@ from recsys_embed.search.checks import need_validation
 from recsys_embed.search.evaluate import CandidateEvaluator
 from recsys_embed.search.evolution import Candidate, WidthSpace, evolve, ranked
 from recsys_embed.search.extract import choose, chunks, full_bytes, make_plan, widths_text
-from recsys_embed.search.layers import OptembedLayer
+from recsys_embed.search.layers import OptembedLayer, table_numbers
 from recsys_embed.search.registry import register_search
 from recsys_embed.search.retrain import StartWeights
 from recsys_embed.search.settings import OptembedSettings
@@ -70,7 +70,7 @@ class OptembedSearch(Search):
                 f"other `rows` in `embedding_optimizer_args`; got {got}. Set these, or search dimensions only (rows "
                 "'none')"
             )
-        need_validation(self.data)
+        need_validation(self.data, self.config)
 
     def search(self) -> Plan:
         """Supernet, evolution, extraction."""
@@ -84,12 +84,12 @@ class OptembedSearch(Search):
         """The initial weights, or those of the supernet."""
         if self.settings.retrain_from == "init":
             return {**super().start_weights(), "shared": self._oov(self._layer())}
-        tables = {name: self.net.table(name).detach() for name in self.schema.names}
+        tables = {name: self.net.table(name).detach() for name in self.first_readers.names}
         return {**self.trained_weights(self.net, tables), "shared": self._oov(cast("OptembedLayer", self.net.layer))}
 
     def _oov(self, layer: OptembedLayer) -> dict[str, Tensor] | None:
         """Vectors of pruned ids, by feature."""
-        return None if layer.oov is None else dict(zip(self.schema.names, layer.oov.detach(), strict=True))
+        return None if layer.oov is None else dict(zip(self.first_readers.names, layer.oov.detach(), strict=True))
 
     # -- supernet -------------------------------------------------------------------------------------------------
 
@@ -99,12 +99,12 @@ class OptembedSearch(Search):
 
     def _layer(self) -> OptembedLayer:
         """Its layer, a function of the seed."""
-        s, schema = self.settings, self.schema
+        s, tables = self.settings, self.first_readers
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             return OptembedLayer(
-                len(schema), self.config.embedding_dim, rows=s.rows, dims=s.dims, norm=s.norm, oov=s.oov,
-                sizes=[f.num_ids for f in schema],
+                len(tables), self.config.embedding_dim, rows=s.rows, dims=s.dims, norm=s.norm, oov=s.oov,
+                sizes=[f.num_ids for f in tables], field_of=table_numbers(self.schema),
             )  # fmt: skip
 
     @cached_property
@@ -122,12 +122,12 @@ class OptembedSearch(Search):
     def _space(self, kept: Sequence[Tensor]) -> WidthSpace:
         """Widths, and what they cost where the rows ``kept`` are."""
         costs, fixed, oov = [], 0, "oov" if self.settings.oov else "zero"
-        for spec, rows in zip(self.schema, kept, strict=True):
+        for spec, rows in zip(self.first_readers, kept, strict=True):
             config, _ = choose(spec, rows, 1, oov)
             footprint = config.footprint(spec)
             costs.append(footprint.weights)
             fixed += footprint.index
-        return WidthSpace(len(self.schema), self.config.embedding_dim, tuple(costs), fixed, self.vector_budget)
+        return WidthSpace(len(self.first_readers), self.config.embedding_dim, tuple(costs), fixed, self.vector_budget)
 
     def _rows(self) -> int | None:
         """Validation rows on which candidates are compared."""
@@ -159,12 +159,11 @@ class OptembedSearch(Search):
         with self.folder.clock("evolution"), StopRequest() as stop:
             options: dict[str, Any] = {"recalibrate": s.recalibrate, "seed": self.config.seed, "device": self.device}
             options |= {"batch_size": self.config.eval_batch_size, "stop": stop, "keep": self._logits}
-            evaluator = CandidateEvaluator(net, self.data, rows=rows, **options)
+            evaluator = CandidateEvaluator(net, self.data, self.config, rows=rows, **options)
 
             def score(many: Sequence[Candidate], judge: CandidateEvaluator = evaluator) -> list[float]:
-                return [
-                    auc - s.size_weight * space.bytes(c) / whole for c, auc in zip(many, judge.auc(many), strict=True)
-                ]
+                found = zip(many, judge.scores(many), strict=True)
+                return [value - s.size_weight * space.bytes(c) / whole for c, value in found]
 
             def done(number: int, known: Mapping[Candidate, float]) -> None:
                 ends.append(len(known))
@@ -180,7 +179,7 @@ class OptembedSearch(Search):
             total = self.rows("valid")
             if rows is not None and (total is None or rows < total) and s.finalists > 1:
                 final = best[: s.finalists]
-                judge = CandidateEvaluator(net, self.data, rows=None, **options)
+                judge = CandidateEvaluator(net, self.data, self.config, rows=None, **options)
                 best = ranked(dict(zip(final, score(final, judge), strict=True)))
             self.folder.put("evolution", {**self.folder.get("evolution"), "best": list(best[0])})
         return best[0]
@@ -191,19 +190,19 @@ class OptembedSearch(Search):
         oov = "oov" if self.settings.oov else "zero"
         chosen = {
             spec.name: choose(spec, rows, width, oov)
-            for spec, rows, width in zip(self.schema, kept, widths, strict=True)
+            for spec, rows, width in zip(self.first_readers, kept, widths, strict=True)
         }
-        return make_plan(self.schema, chosen, widths_text(self.schema, kept, widths))
+        return make_plan(self.schema, chosen, widths_text(self.first_readers, kept, widths))
 
 
 @torch.no_grad()
 def kept_rows(net: Supernet) -> list[Tensor]:
-    """Per field, the rows whose norm exceeds their threshold: bool ``[num_ids]`` on the CPU."""
+    """Per table, the rows whose norm exceeds their threshold: bool ``[num_ids]`` on the CPU."""
     layer = net.layer
     if not isinstance(layer, OptembedLayer):
         raise ConfigError(f"rows are pruned by an OptembedLayer; got {type(layer).__name__}")
     out = []
-    for field, spec in enumerate(net.vectors.schema):
+    for field, spec in enumerate(net.vectors.schema.first_readers):
         if layer.thresholds is None:
             out.append(torch.ones(spec.num_ids, dtype=torch.bool))
             continue

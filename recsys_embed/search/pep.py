@@ -109,10 +109,10 @@ class PepSearch(Search):
 
     def check(self) -> None:
         """Refuse thresholds that would not reach the weights."""
-        need_validation(self.data)
+        need_validation(self.data, self.config)
         if not self.limits:
             raise ConfigError("give a budget (or a compression), or `snapshots`: PEP prunes until one is met")
-        least, limit = self._bytes([(0,) * f.embedding_dim for f in self.schema]), min(self.limits.values())
+        least, limit = self._bytes([(0,) * f.embedding_dim for f in self.first_readers]), min(self.limits.values())
         if least > limit:
             raise BudgetError(
                 f"even with nothing kept, the features take {format_bytes(least)}; {format_bytes(limit)} are available "
@@ -174,9 +174,9 @@ class PepSearch(Search):
 
     @torch.no_grad()
     def _kept(self, net: Supernet, field: int) -> Tensor:
-        """Elements of a field that the thresholds leave: bool ``[num_ids, D]`` on the CPU."""
-        name, layer = self.schema.names[field], cast("PepLayer", net.layer)
-        table, raw = net.table(name), layer.of(field, name)
+        """Elements of a table that the thresholds leave: bool ``[num_ids, D]`` on the CPU."""
+        spec, layer = self.first_readers.features[field], cast("PepLayer", net.layer)
+        table, raw = net.table(spec.name), layer.of(field, spec.table_name)
         per_row = layer.many is not None
         parts = [
             (part.abs() > (raw[start : start + len(part)] if per_row else raw).sigmoid()).cpu()
@@ -192,7 +192,7 @@ class PepSearch(Search):
         """Of the vectors, with so many elements of each column of each field."""
         cls = get_method("pep").config_cls
         configs = [cls.from_params({"num_kept": k, "pruned": self._pruned, "order": "sets"}) for k in kept]
-        return sum(c.footprint(s).serve for c, s in zip(configs, self.schema, strict=True))
+        return sum(c.footprint(s).serve for c, s in zip(configs, self.first_readers, strict=True))
 
     def _snap(self, net: Supernet, step: int) -> bool:
         """Write the plans of all budgets that are met by ``step``; True once all are."""
@@ -205,7 +205,7 @@ class PepSearch(Search):
         }
         if not waiting:
             return True
-        kept = [self._kept(net, f) for f in range(len(self.schema))]
+        kept = [self._kept(net, f) for f in range(len(self.first_readers))]
         size = self._bytes([tuple(k.sum(0).tolist()) for k in kept])
         if not any(bool(k.any()) for k in kept):
             left = format_bytes(self._left) if self._left else "all"
@@ -217,10 +217,10 @@ class PepSearch(Search):
             )
         for name in [n for n, limit in waiting.items() if size <= limit]:
             pruned = self._pruned
-            chosen = {s.name: choose_elements(s, k, pruned) for s, k in zip(self.schema, kept, strict=True)}
+            chosen = {s.name: choose_elements(s, k, pruned) for s, k in zip(self.first_readers, kept, strict=True)}
             reasons = {
                 s.name: f"kept {int(k.sum()):,} of {k.numel():,} elements"
-                for s, k in zip(self.schema, kept, strict=True)
+                for s, k in zip(self.first_readers, kept, strict=True)
             }
             self.folder.put(name, make_plan(self.schema, chosen, reasons).to_dict())
             self.folder.put("snapshots", met := met | {name: step})
@@ -249,8 +249,8 @@ class PepSearch(Search):
         net, layer = self.net, cast("PepLayer", self.net.layer)
         with torch.no_grad():
             tables = {
-                name: soft_threshold(net.table(name), layer.of(field, name))
-                for field, name in enumerate(self.schema.names)
+                spec.name: soft_threshold(net.table(spec.name), layer.of(field, spec.table_name))
+                for field, spec in enumerate(self.first_readers)
             }
         return self.trained_weights(net, tables)
 

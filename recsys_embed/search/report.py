@@ -7,6 +7,7 @@ from typing import Any
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.search.base import Search
 from recsys_embed.search.outcome import SearchOutcome
+from recsys_embed.train.quality import metrics_text
 
 CURVES = "curves"
 
@@ -30,7 +31,7 @@ def page(search: Search, outcome: SearchOutcome) -> str:
     lines = [f"# {search.method} on {search.config.model}", ""]
     for split, m in (("validation", result.valid), ("test", result.test)):
         if m is not None:
-            lines.append(f"- {split}: AUC {m.auc:.4f}, logloss {m.logloss:.4f} ({m.samples:,} rows)")
+            lines.append(f"- {split}: {metrics_text(m)} ({m.samples:,} rows)")
     lines.append(
         f"- bytes to serve: {format_bytes(outcome.footprint.serve)} of {format_bytes(outcome.full_bytes)} "
         f"({outcome.full_bytes / outcome.footprint.serve:.1f}x), sets of ids included"
@@ -38,7 +39,12 @@ def page(search: Search, outcome: SearchOutcome) -> str:
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in outcome.seconds.items())
     lines += [f"- time: {spent}; {outcome.cost:.1f} trainings over full tables of as many epochs", ""]
     lines += ["| feature | ids | kept | bytes | of full |", "| --- | ---: | --- | ---: | ---: |"]
+    first = schema.first_readers.names
     for spec in schema:
+        if spec.name not in first:
+            owner = schema.by_table[spec.table_name][0].name
+            lines.append(f"| {spec.name} | {spec.num_ids:,} | reads the table of {owner} | | |")
+            continue
         size = plan[spec.name].footprint(spec).serve
         share = size / (4 * spec.num_ids * spec.embedding_dim)
         what = plan.reasons.get(spec.name, plan[spec.name].method)

@@ -15,6 +15,7 @@ from recsys_embed.features import Schema
 from recsys_embed.models.base import CTRModel
 from recsys_embed.plan import Plan, table_key
 from recsys_embed.search.extract import initial_table, take_rows
+from recsys_embed.search.supernet import LAYER
 from recsys_embed.train.build import model_from_config
 from recsys_embed.train.config import PLANNED, TrainConfig
 
@@ -45,6 +46,8 @@ def weights_hash(values: Tensor) -> str:
 def dense_weights(model: CTRModel) -> dict[str, Tensor]:
     """A model's state outside its collections: the network, numeric vectors, buffers."""
     inside = tuple(f"{key}." for key in model.collections())
+    # A retrieval model holds the layer that a search put before it.
+    inside = (*inside, f"{LAYER}.")
     return {k: v for k, v in model.state_dict().items() if not k.startswith(inside) and isinstance(v, Tensor)}
 
 
@@ -56,7 +59,10 @@ def drawn_weights(model: CTRModel) -> dict[str, Tensor]:
 
 def initial_hashes(model: CTRModel) -> dict[str, str]:
     """Hash of every full table of vectors and of every dense weight of a model that has not been trained."""
-    tables = {f"table {s.name}": weights_hash(model.vectors.table(f"{s.name}.weight")) for s in model.vectors.schema}
+    vectors = model.vectors
+    tables = {
+        f"table {s.name}": weights_hash(vectors.table(f"{s.table_name}.weight")) for s in vectors.schema.first_readers
+    }
     return {**tables, **{f"weight {k}": weights_hash(v) for k, v in drawn_weights(model).items()}}
 
 
@@ -79,7 +85,7 @@ def build_retrained(
         schema: of the search.
         num_dense: numeric columns.
         hashes: :func:`initial_hashes` of the search; the weights drawn must be the same.
-        tables: by feature, full tables to take from; by default the search's initial ones, drawn again.
+        tables: by the first feature of each, full tables to take from; by default the initial ones, drawn again.
         shared: by feature, the vector ``[D]`` that pruned ids begin with, by default a fresh one.
         dense: weights outside the tables, by default the initial ones.
         linear: by feature, trained first-order weights ``[num_ids, 1]`` and how often each id occurs, by default fresh
@@ -90,7 +96,7 @@ def build_retrained(
     """
     model = model_from_config(config, schema, num_dense, device)
     differing = []
-    for spec in schema:
+    for spec in schema.first_readers:
         table = initial_table(spec, config.seed) if tables is None else tables[spec.name]
         if tables is None and hashes is not None and weights_hash(table) != hashes.get(f"table {spec.name}"):
             differing.append(f"table {spec.name}")

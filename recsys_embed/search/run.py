@@ -13,7 +13,6 @@ from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.plan import Plan
 from recsys_embed.search.base import Search
-from recsys_embed.search.checks import need_single_ids
 from recsys_embed.search.folder import SearchFolder, held
 from recsys_embed.search.outcome import SearchOutcome
 from recsys_embed.search.report import CURVES, curves_of, page
@@ -21,7 +20,8 @@ from recsys_embed.search.retrain import planned
 from recsys_embed.train.build import trained_footprint
 from recsys_embed.train.checkpoint import save_checkpoint
 from recsys_embed.train.config import TrainConfig
-from recsys_embed.train.environment import check_device
+from recsys_embed.train.driver import data_folder
+from recsys_embed.train.environment import check_device, environment
 from recsys_embed.train.inputs import check_data, check_rows, fingerprint, schema_of
 from recsys_embed.train.plans import plans_for
 from recsys_embed.utils.settings import Settings
@@ -38,15 +38,12 @@ def total_budget(config: TrainConfig, schema: Schema) -> int | None:
 
 def _check_tables(schema: Schema) -> None:
     """Refuse features whose rows a search cannot choose."""
-    if any(s.ids == "raw" for s in schema):
-        raise ConfigError("a search needs ids of a vocabulary; this data holds raw 64-bit ids, which have no rows")
-    shared = {table: readers for table, readers in schema.by_table.items() if len(readers) > 1}
-    if shared:
-        listed = "; ".join(f"{t!r} of {', '.join(s.name for s in readers)}" for t, readers in shared.items())
+    raw = [s.name for s in schema if s.ids == "raw"]
+    if raw:
         raise ConfigError(
-            f"a search chooses rows feature by feature, and features of this data share tables ({listed}); plan them "
-            "by recsys_embed.plan_for_budget, or search over methods (recsys-embed search methods), which choose per "
-            "table"
+            f"a search needs ids of a vocabulary; {', '.join(raw)} {'have' if len(raw) > 1 else 'has'} raw 64-bit ids, "
+            "which have no rows to choose from: convert the data with a vocabulary, or choose hashing methods and "
+            "sizes by `search methods` or `plan`"
         )
 
 
@@ -100,16 +97,15 @@ def run_search(
     if config.method != "full" or config.plan is not None:
         raise ConfigError(f"a search starts from full tables; drop `method` and `plan`; got {config.method!r}")
     check_data(data, config, "a search")
-    need_single_ids(data, config)
     check_rows(data, config)
+    schema = schema_of(data, config)
+    _check_tables(schema)
     path = None if folder is None else Path(folder)
     if device is not None:
         check_device(device)
     with held(path):
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        schema = schema_of(data, config)
-        _check_tables(schema)
         budget = total_budget(config, schema)
         identity = {
             "method": kind.method,
@@ -142,6 +138,7 @@ def run_search(
         if path is not None:
             final_config = planned(bare, plan, budget).to_dict()
             save_checkpoint(path / "model.pt", {**final_config, "data": identity["data"]}, model=weights_of(model))
+            store.put("run", {**environment(), **data_folder(data)})
             store.put("report", outcome.to_dict())
             store.put(CURVES, curves_of(search))
             store.text("report.md", page(search, outcome))

@@ -175,6 +175,11 @@ class ShardedTrainer(Trainer):
             torch.manual_seed(hashing.salt(self.config.seed, "process", str(self.rank)) >> 1)
         super()._train(stop)
 
+    def _everywhere(self, holds: bool) -> bool:
+        flag = torch.tensor(float(holds), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        return bool(flag)
+
     def _step(self, batch: Any) -> float:
         state = self.state
         self._set_rates(self.schedule.factor(state.step))

@@ -10,6 +10,7 @@ from recsys_embed.train.ranking_metrics import exact_auc
 from recsys_embed.train.result import DivergedError, TrainResult
 from recsys_embed.train.run import run_training
 from recsys_embed.train.stop_request import Interrupted
+from recsys_embed.train.warm_start import settings_of_run
 
 __all__ = [
     "BinaryMetrics",
@@ -23,4 +24,5 @@ __all__ = [
     "evaluate",
     "exact_auc",
     "run_training",
+    "settings_of_run",
 ]

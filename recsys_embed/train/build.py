@@ -12,7 +12,7 @@ from recsys_embed.models import CTRModel, build_model
 from recsys_embed.optim import FusedOptimizer, make_rule, unfused_parameters
 from recsys_embed.train.catalogue import learn_items
 from recsys_embed.train.config import DENSE_ADAM, TrainConfig
-from recsys_embed.train.plans import plans_for
+from recsys_embed.train.plans import Plans, plans_for
 
 
 def make_optimizer(config: TrainConfig) -> FusedOptimizer | None:
@@ -32,10 +32,15 @@ def make_optimizer(config: TrainConfig) -> FusedOptimizer | None:
 
 
 def model_from_config(
-    config: TrainConfig, schema: Schema, num_dense: int, device: torch.device | str | None = None
+    config: TrainConfig,
+    schema: Schema,
+    num_dense: int,
+    device: torch.device | str | None = None,
+    plans: Plans | None = None,
 ) -> CTRModel:
-    """Build the model of a run; ``schema`` has the width ``config.embedding_dim``."""
-    plans = plans_for(schema, config)
+    """Build the model of a run; ``schema`` has the width ``config.embedding_dim``, ``plans`` are by default the
+    settings'."""
+    plans = plans_for(schema, config) if plans is None else plans
     return build_model(
         config.model,
         schema,

@@ -294,7 +294,7 @@ class Summary:
     """One line of the table: a model, method and size over all seeds.
 
     ``auc_gain`` is the mean over seeds of test AUC minus that of ``full`` at the same seed. Standard deviations are
-    over seeds, None for one seed. ``ranking`` holds recall and NDCG of models that find items, by names such as
+    over seeds, None for one seed. ``ranking`` holds recall and NDCG of retrieval models, by names such as
     ``"recall@10"``, or the RMSE of real labels (``"rmse"``), and ``ranking_gain`` what they gain on ``full``.
     """
 
@@ -320,7 +320,7 @@ class Summary:
 
 
 def ranking_of(test: dict[str, Any]) -> dict[str, float]:
-    """What tells rows without clicks, by name: recall and NDCG of models that find items, RMSE of real labels.
+    """What tells rows without clicks, by name: recall and NDCG of retrieval models, RMSE of real labels.
 
     >>> ranking_of({"auc": 0.7, "recall": {"10": 0.2}, "ndcg": {"10": 0.1}})
     {'recall@10': 0.2, 'ndcg@10': 0.1}

@@ -46,12 +46,12 @@ class TrainConfig(Settings):
         unseen: what the model makes of ids outside the vocabulary, see :class:`recsys_embed.FeatureSpec`. Data folders
             number every value, unknown ones too, so it matters to whoever serves the model other ids.
         standardise: bring numeric columns to mean 0 and standard deviation 1 of the training rows, inside the model.
-        loss: ``"logloss"`` of labels 0 and 1, or ``"squared_error"`` of any numbers; for models that find items also
+        loss: ``"logloss"`` of labels 0 and 1, or ``"squared_error"`` of any numbers; for retrieval models also
             ``"softmax"`` over the catalogue, ``"sampled_softmax"`` over the batch's items and uniform ones, and
             ``"bpr"`` of pairs, which learn from the rows of label 1, or from all where the data has no labels. Where
             rows have a ``weight``, it multiplies their loss; metrics count all rows alike.
         loss_args: its arguments, see :mod:`recsys_embed.train.retrieval_losses`, e.g. ``{"temperature": 0.1}``.
-        top_k: lengths of the lists that recall@k and NDCG@k are told of, for models that find items. Validations go by
+        top_k: lengths of the lists that recall@k and NDCG@k are told of, for retrieval models. Validations go by
             NDCG at the first.
         exclude_seen: whether these leave out items of the user's earlier rows; None: where rows say whose they are.
         epochs: passes over the training split.
@@ -76,7 +76,7 @@ class TrainConfig(Settings):
         eval_every: validate every so many steps as well as after each epoch; None: after each epoch only.
         patience: stop after this many validations without gain; None: never.
         min_delta: gain of validation AUC that counts (fall of the logloss, where the rows are of one class; gain of
-            NDCG, where the model finds items).
+            NDCG of a retrieval model).
         keep_best: end with the weights of the best validation.
         checkpoint_every: steps between checkpoints besides those after each validation; None: a second, or twenty times
             what writing one takes (in one process; several write those after validations only).

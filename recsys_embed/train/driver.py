@@ -26,6 +26,7 @@ from recsys_embed.train.loop import Trainer
 from recsys_embed.train.plans import plans_for, resolve
 from recsys_embed.train.result import TrainResult
 from recsys_embed.train.resumable import CHECKPOINT
+from recsys_embed.train.warm_start import StartingWeights
 from recsys_embed.utils.files import write_json
 
 CHECKPOINTS = "checkpoints"
@@ -52,6 +53,7 @@ class Run:
         resume: go on from the folder's checkpoint.
         device: where the model is trained.
         save_model: write the model at the end.
+        start_from: a finished run, or its ``model.pt``, whose weights this one begins with.
         **options: of the trainer: ``tensorboard``, ``show_progress`` and ``label``.
     """
 
@@ -67,12 +69,17 @@ class Run:
         resume: bool,
         device: torch.device | str | None,
         save_model: bool,
+        start_from: str | Path | None = None,
         **options: Any,
     ) -> None:
         self.config, self.data, self.folder, self.resume = config, data, folder, resume
         self.device, self.save_model, self.options = device, save_model, options
         self.schema = schema_of(data, config)
         self.identity: dict[str, Any] = {"data": fingerprint(self.schema, data)}
+        self.start = None if start_from is None else StartingWeights.read(start_from)
+        if self.start is not None:
+            self.config = self.start.settings(config)
+            self.identity["start_from"] = self.start.digest
 
     def run(self) -> RunOutcome:
         """Train to the end."""
@@ -83,11 +90,15 @@ class Run:
         footprint = self.footprint(model)
         if self.config.standardise and self.data.num_dense:
             model.standardise(*self.moments())
-        learn_items(model, self.data)
+        if self.start is None:
+            learn_items(model, self.data)
+        else:
+            self.start.load_into(model, self.data)
         trained = self.placed(model)
         if self.writes and self.folder is not None:
             write_json(self.folder / "config.json", self.config.to_dict())
-            facts = {"seed": self.config.seed, **environment(), "footprint": footprint_dict(footprint)}
+            begun = {} if self.start is None else {"start_from": str(self.start.path.resolve())}
+            facts = {"seed": self.config.seed, **begun, **environment(), "footprint": footprint_dict(footprint)}
             write_json(self.folder / "run.json", {**facts, **data_folder(self.data), **self.facts(trained)})
         result = self.train(trained, going_on)
         if self.folder is not None:
@@ -114,7 +125,8 @@ class Run:
 
     def build(self) -> CTRModel:
         """The model, untrained."""
-        return model_from_config(self.config, self.schema, self.data.num_dense, self.device)
+        plans = None if self.start is None else self.start.plans(self.schema, self.data)
+        return model_from_config(self.config, self.schema, self.data.num_dense, self.device, plans)
 
     def footprint(self, model: CTRModel) -> Footprint:
         """Bytes of its embedding part."""

@@ -50,7 +50,7 @@ def evaluate(
 
     Args:
         loss: what the model was trained by: its metrics are told.
-        top_k: lengths of the lists of items, where the model finds items; then rows need no labels, and without them
+        top_k: lengths of the lists of items, of a retrieval model; then rows need no labels, and without them
             each is a positive.
         exclude_seen: see :class:`TrainConfig`.
         seen: what the users of each split have seen, which an evaluation adds to; of the same data.

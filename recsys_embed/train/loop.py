@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.data.batch import Batch
-from recsys_embed.data.checks import need_parts
+from recsys_embed.data.checks import need_parts, no_weight
 from recsys_embed.data.data_source import BatchSource, BatchStream, DataSource
 from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.models import RetrievalModel
@@ -31,6 +31,7 @@ from recsys_embed.train.losses import LOSSES, loss_args
 from recsys_embed.train.metrics import Metrics
 from recsys_embed.train.result import DivergedError, TrainResult
 from recsys_embed.train.resumable import BEST, CHECKPOINT, Resumable
+from recsys_embed.train.retrieval_losses import warn_of_large
 from recsys_embed.train.retrieval_metrics import Seen
 from recsys_embed.train.rounded_rows import rounded_rows
 from recsys_embed.train.run_log import RunLog, progress_bar
@@ -99,6 +100,8 @@ class Trainer(Resumable):
         self.loss_args, self._seen = loss_args(config.loss, config.loss_args), cast("Seen", {})
         if not resume and LOSSES[config.loss].of_queries is not None:
             self._learn_items()
+        if config.loss == "softmax" and isinstance(model, RetrievalModel):
+            warn_of_large(model)
         self._norms = normalises_batches(model)
         self._joins_last_row = self._norms and self._leaves_one_row()
         self.optimizer, self.dense = self._dense_optimizer()
@@ -238,7 +241,21 @@ class Trainer(Resumable):
                 return
             if self.state.batch == 0:
                 need_parts(batch, type(self.data).__name__)
+                if self.state.step == 0:
+                    self._need_weights(batch)
             yield batch
+
+    def _need_weights(self, first: Batch) -> None:
+        """Refuse rows that all have weight 0; the others are read only where the first batch's all have."""
+        if self._everywhere(no_weight(first)) and self._everywhere(all(map(no_weight, self._epoch(0, 0)))):
+            raise DataError(
+                "the `weight` of every training row is 0, so nothing can be learned: correct the weights, or convert "
+                "the table without that column"
+            )
+
+    def _everywhere(self, holds: bool) -> bool:
+        """Whether something holds in all processes."""
+        return holds
 
     def _step(self, batch: Batch) -> float:
         state = self.state

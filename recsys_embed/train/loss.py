@@ -68,7 +68,7 @@ def loss_of(
 def _loss_of_queries(model: nn.Module, batch: Batch, reduction: str, kind: Loss, args: Settings) -> Tensor:
     """The loss of the positive rows whose items can be found; 0 where there are none."""
     if not isinstance(model, RetrievalModel) or kind.of_queries is None:
-        raise ConfigError(f"this loss needs a model that finds items, such as 'twotower'; got {type(model).__name__}")
+        raise ConfigError(f"this loss needs a retrieval model, such as 'twotower'; got {type(model).__name__}")
     batch = as_batch(batch)
     positive = positives_of(batch.label)
     if not positive.all():

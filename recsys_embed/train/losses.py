@@ -42,7 +42,7 @@ class Loss:
     Args:
         metrics: makes what accumulates the metrics of a split.
         of_rows: the loss of every row, ``[B]``, of predictions and labels.
-        of_queries: in its place, the loss ``[n]`` of every query of a model that finds items, with the arguments.
+        of_queries: in its place, the loss ``[n]`` of every query of a retrieval model, with the arguments.
         args: the arguments that it takes.
     """
 
@@ -91,6 +91,6 @@ def check_model(name: LossName, model: str) -> None:
     """
     if LOSSES[name].of_queries is not None and not issubclass(get_model(model), RetrievalModel):
         raise ConfigError(
-            f"loss {name!r} trains models that find items, such as 'twotower'; {model!r} scores rows: choose another "
+            f"loss {name!r} trains retrieval models, such as 'twotower'; {model!r} scores rows: choose another "
             "model, or loss='logloss'"
         )

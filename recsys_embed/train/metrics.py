@@ -29,7 +29,7 @@ class Metrics:
         pr_auc: mean precision at each positive (average precision).
         grouped_auc: AUC within groups, where rows have a group, see :func:`grouped_auc`.
         rmse: root of the mean squared error, of real labels; else None.
-        recall, ndcg: by k, of models that find items, see :mod:`recsys_embed.train.retrieval_metrics`; else None.
+        recall, ndcg: by k, of retrieval models, see :mod:`recsys_embed.train.retrieval_metrics`; else None.
     """
 
     auc: float
@@ -45,7 +45,7 @@ class Metrics:
 
     @property
     def score(self) -> float:
-        """What validations are compared by, larger is better: NDCG at the first k, where the model finds items; AUC;
+        """What validations are compared by, larger is better: NDCG at the first k of a retrieval model; AUC;
         minus logloss of rows of one class; minus RMSE."""
         if self.ndcg:
             return next(iter(self.ndcg.values()))

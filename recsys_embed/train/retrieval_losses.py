@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,8 +12,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from recsys_embed.core.footprint import format_bytes
 from recsys_embed.models.retrieval import Queries, RetrievalModel
+from recsys_embed.utils.evaluation_mode import evaluation_mode
 from recsys_embed.utils.settings import Settings, param
+
+HELD_SCORES = 1 << 26
+"""Scores of users and items that a loss holds together, 256 MiB; of more it computes each twice."""
+MANY_BYTES = 4 << 30
+"""Vectors of a catalogue and their gradients that ``softmax`` warns of."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,20 @@ def softmax(model: RetrievalModel, queries: Queries, args: SoftmaxArgs) -> Tenso
     return cross_entropy(queries.vectors, items / args.temperature, queries.targets, bias, None)
 
 
+def warn_of_large(model: RetrievalModel) -> None:
+    """Warn that ``softmax`` holds the vectors of all items, where these are many."""
+    with evaluation_mode(model), torch.no_grad():
+        one = model.items(torch.arange(1, device=model.in_catalogue.device))
+    # Vectors and those over the temperature, and the gradients of both.
+    found = 4 * one.nbytes * len(model.in_catalogue)
+    if found > MANY_BYTES:
+        warnings.warn(
+            f"loss 'softmax' computes the vectors of all {len(model.in_catalogue):,} items and their gradients at "
+            f"every step, {format_bytes(found)}; 'sampled_softmax' computes those of the batch and of `negatives`",
+            stacklevel=2,
+        )
+
+
 def sampled_softmax(model: RetrievalModel, queries: Queries, args: SampledSoftmaxArgs) -> Tensor:
     """Cross entropies ``[n]`` of the positives among the batch's other positives and ``negatives`` uniform items.
 
@@ -112,31 +135,84 @@ def cross_entropy(users: Tensor, items: Tensor, columns: Tensor, bias: Tensor, p
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps the probabilities as the one matrix of all users and items; torch's own functions make five."""
+    """Keeps the probabilities as the one matrix of all users and items, where torch's own functions make five; of more
+    than ``HELD_SCORES`` it keeps their sums, and computes them in blocks of items, once more for the gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, users: Tensor, items: Tensor, columns: Tensor, bias: Tensor, positives: Positives | None
     ) -> Tensor:
-        rows = torch.arange(len(users), device=users.device)
-        scores = torch.addmm(bias, users, items.T)
+        own = None
         if positives is not None:
             own = (users * items.index_select(0, columns)).sum(1) + positives.bias
-            scores[same_items(positives.targets, positives.ids)] = float("-inf")
-            scores[rows, columns] = own
+        ctx.given = given = _Scores(users, items, columns, bias, positives, own)
+        if users.shape[0] * items.shape[0] > HELD_SCORES:
+            top, total, chosen = (users.new_full((len(users),), value) for value in (float("-inf"), 0.0, 0.0))
+            for part in given.parts():
+                scores, rows, at = given.of(part)
+                chosen[rows] = scores[rows, at]
+                highest = torch.maximum(top, scores.amax(1))
+                # Where no item of a block is in the catalogue there is no highest score yet.
+                shift = highest.masked_fill(highest == float("-inf"), 0.0)
+                total.mul_((top - shift).exp_()).add_(scores.sub_(shift.unsqueeze(1)).exp_().sum(1))
+                top = highest
+            ctx.log_sums = total.log_().add_(top)
+            ctx.save_for_backward(users, items)
+            return ctx.log_sums - chosen
+        scores, rows, columns = given.of(slice(0, len(items)))
         top = scores.amax(1, keepdim=True)
         chosen = scores[rows, columns] - top.squeeze(1)
         total = scores.sub_(top).exp_().sum(1, keepdim=True)
-        ctx.save_for_backward(scores.div_(total), users, items, columns)
+        ctx.log_sums = None
+        ctx.save_for_backward(users, items, scores.div_(total))
         return total.log_().squeeze(1) - chosen
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        shares, users, items, columns = ctx.saved_tensors
-        moved = shares * grad.unsqueeze(1)
-        moved[torch.arange(len(users), device=users.device), columns] -= grad
-        return moved @ items, moved.T @ users, None, None, None
+        users, items, *shares = ctx.saved_tensors
+        given = ctx.given
+        if shares:
+            moved = shares[0] * grad.unsqueeze(1)
+            moved[torch.arange(len(users), device=users.device), given.columns] -= grad
+            return moved @ items, moved.T @ users, None, None, None
+        of_users, of_items = torch.zeros_like(users), torch.empty_like(items)
+        for part in given.parts():
+            scores, rows, at = given.of(part)
+            moved = scores.sub_(ctx.log_sums.unsqueeze(1)).exp_().mul_(grad.unsqueeze(1))
+            moved[rows, at] -= grad[rows]
+            of_users.addmm_(moved, items[part])
+            torch.mm(moved.T, users, out=of_items[part])
+        return of_users, of_items, None, None, None
+
+
+class _Scores(NamedTuple):
+    """What :func:`cross_entropy` compares, by blocks of items; ``own`` are the positives' scores where they differ."""
+
+    users: Tensor
+    items: Tensor
+    columns: Tensor
+    bias: Tensor
+    positives: Positives | None
+    own: Tensor | None
+
+    def parts(self) -> Iterator[slice]:
+        """Blocks of items of ``HELD_SCORES`` scores."""
+        total, size = len(self.items), max(1, HELD_SCORES // len(self.users))
+        return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+    def of(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores ``[n, block]``, the rows whose positive is in the block, and its place there."""
+        scores = torch.addmm(self.bias[part], self.users, self.items[part].T)
+        if part.stop - part.start == len(self.items):
+            rows = torch.arange(len(scores), device=scores.device)
+        else:
+            rows = ((self.columns >= part.start) & (self.columns < part.stop)).nonzero().squeeze(1)
+        at = self.columns[rows] - part.start
+        if self.positives is not None and self.own is not None:
+            scores[same_items(self.positives.targets, self.positives.ids[part])] = float("-inf")
+            scores[rows, at] = self.own[rows]
+        return scores, rows, at
 
 
 def same_items(targets: Tensor, ids: Tensor) -> tuple[Tensor, ...]:

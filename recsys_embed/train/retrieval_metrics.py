@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from recsys_embed.data.batch import Batch
 from recsys_embed.data.data_source import BatchSource
 from recsys_embed.errors import DataError
 from recsys_embed.models import RetrievalModel
-from recsys_embed.models.retrieval import BLOCK_SCORES
+from recsys_embed.models.retrieval import BLOCK_SCORES, CatalogueVectors
 from recsys_embed.train.catalogue import CHUNK_ROWS, positives_of
 
 USER = "user"
@@ -24,10 +24,13 @@ TOP_K = (10, 20, 50)
 EARLIER: dict[str, tuple[str, ...]] = {"train": (), "test": ("train", "valid")}
 """Splits whose items a user has seen before a split, where these are not the training rows alone."""
 
+MAX_PAIRS = 1 << 25
+"""Pairs of users and items of earlier rows that are held at once; of more, rows are read again for further users."""
+
 Ints = NDArray[np.int64]
 Pairs = tuple[Ints, Ints]
-Seen = dict[str, tuple[Ints, Pairs]]
-"""By split its users, and numbers of users and items of their earlier rows."""
+Seen = dict[str, tuple[Ints, Ints]]
+"""By split its users, and the pairs of users and items of their earlier rows as single numbers, in order."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ def recall_and_ndcg(ranks: Ints, users: Ints, positives: Ints, ks: Sequence[int]
 @dataclass
 class ItemRanking:
     """Accumulates the users of a split and their positives, then ranks these among all items.
+
+    Held are the rows of the split (a user and an item each), a vector of each of its users, ``MAX_PAIRS`` earlier rows,
+    a block of the catalogue's vectors (all of them up to ``KEPT_BYTES``), and ``BLOCK_SCORES`` scores.
 
     A user is told by the part ``group`` of rows, else by a feature named ``user``; else every row is a user of its own,
     and so is one whose user is missing or has no id. The user's vector is that of the first of its rows in the split.
@@ -132,7 +138,15 @@ class ItemRanking:
         rows = order[np.searchsorted(np.concatenate(self._users)[order], users)]
         vectors = torch.cat(self._vectors)[torch.from_numpy(rows).to(self._vectors[0].device)]
         _need_finite(vectors, "user vectors")
-        ranks = self._ranks(vectors, owners, pairs[1], positives, self._seen(data, split, users))
+        catalogue, ranks = CatalogueVectors(self.model), np.empty(len(owners), np.int64)
+        start = 0
+        while start < len(users):
+            stop, seen = self._seen(data, split, users, start)
+            low, high = np.searchsorted(owners, (start, stop))
+            ranks[low:high] = self._ranks(
+                catalogue, vectors[start:stop], owners[low:high] - start, pairs[1, low:high], seen
+            )
+            start = stop
         return recall_and_ndcg(ranks, owners, positives, self.ks)
 
     def _who(self, batch: Batch) -> tuple[Ints | None, Ints]:
@@ -152,64 +166,116 @@ class ItemRanking:
         padding = self.model.vectors.schema[USER].padding_idx
         return [*EMPTY_ID.values(), *self.unknown, *([] if padding is None else [padding])]
 
-    def _seen(self, data: BatchSource, split: str, users: Ints) -> Pairs:
-        """Numbers of users and items of their earlier rows, each pair once, by user."""
+    def _seen(self, data: BatchSource, split: str, users: Ints, start: int) -> tuple[int, Pairs]:
+        """Users from ``start`` on whose earlier rows are held together: the end of these, and numbers of users from
+        ``start`` and items of the rows, each pair once, by user."""
         none = np.zeros(0, np.int64)
         if not (self._identified if self.exclude_seen is None else self.exclude_seen):
-            return none, none
+            return len(users), (none, none)
         if not self._identified:
             raise DataError(
                 "`exclude_seen` needs rows that say whose they are: a `group` column, or a feature named 'user'"
             )
+        items, stop = len(self.model.in_catalogue), len(users)
         kept = self.seen.get(split)
-        if kept is None or not np.array_equal(kept[0], users):
-            pieces: list[Ints] = [np.zeros((2, 0), np.int64)]
-            for earlier in EARLIER.get(split, ("train",)):
-                if earlier not in data.splits:
-                    continue
-                for batch in data.batches(earlier, CHUNK_ROWS, shuffle=False):
-                    who, items = self._who(batch)
-                    if who is None:
-                        raise DataError(f"rows of the split {earlier!r} do not say whose they are, as others do")
-                    at = np.searchsorted(users, who).clip(max=len(users) - 1)
-                    ours = users[at] == who
-                    pieces.append(np.unique(np.stack([at[ours], items[ours]]), axis=1))
-            kept = (users, tuple(np.unique(np.concatenate(pieces, axis=1), axis=1)))
-            self.seen[split] = kept
-        return kept[1]
+        if kept is not None and np.array_equal(kept[0], users):
+            return stop, (kept[1] // items, kept[1] % items)
+        known, fresh, waiting = none, list[Ints](), 0
+        for who, chosen in self._earlier(data, split):
+            at = np.searchsorted(users, who).clip(max=len(users) - 1)
+            ours = (users[at] == who) & (at >= start) & (at < stop)
+            fresh.append(np.unique((at[ours] - start) * items + chosen[ours]))
+            waiting += len(fresh[-1])
+            if waiting > max(MAX_PAIRS // 4, CHUNK_ROWS):
+                known, fresh, waiting = np.unique(np.concatenate([known, *fresh])), [], 0
+                if len(known) > MAX_PAIRS:
+                    # Half of them, so that not every further row cuts again; of one user all.
+                    stop = start + max(1, int(known[MAX_PAIRS // 2] // items))
+                    known = known[: np.searchsorted(known, (stop - start) * items)]
+        known = np.unique(np.concatenate([known, *fresh]))
+        known = known[: np.searchsorted(known, (stop - start) * items)]
+        if start == 0 and stop == len(users):
+            self.seen[split] = (users, known)
+        return stop, (known // items, known % items)
 
-    def _ranks(self, vectors: Tensor, owners: Ints, items: Ints, positives: Ints, seen: Pairs) -> Ints:
-        """Rank of each positive, users in order; equal scores of other items come before it."""
-        model, device = self.model, vectors.device
-        catalogue = torch.cat([block.float() for _, block in model.item_blocks()])
-        _need_finite(catalogue[model.in_catalogue], "vectors of items")
-        count = len(catalogue)
-        size = max(1, BLOCK_SCORES // count)
-        ends = np.concatenate([[0], np.cumsum(positives)])
-        seen_ends = np.searchsorted(seen[0], np.arange(len(positives) + 1))
-        ranks = np.empty(len(items), np.int64)
-        for start in range(0, len(positives), size):
-            stop = min(start + size, len(positives))
-            low, high = ends[start], ends[stop]
-            rows = torch.from_numpy(owners[low:high] - start).to(device)
-            wanted = torch.from_numpy(items[low:high]).to(device)
-            scores = vectors[start:stop] @ catalogue.T
-            scores.masked_fill_(~model.in_catalogue, float("-inf"))
-            own = scores[rows, wanted]
-            scores[rows, wanted] = float("-inf")
-            left, right = seen_ends[start], seen_ends[stop]
-            out = (torch.from_numpy(part[left:right]).to(device) for part in (seen[0] - start, seen[1]))
-            scores[tuple(out)] = float("-inf")
-            above = torch.cat(
-                [
-                    (scores[rows[i : i + size]] >= own[i : i + size].unsqueeze(1)).sum(1)
-                    for i in range(0, len(own), size)
-                ]
-            )
-            ranks[low:high] = above.cpu().numpy() + _places(own.cpu().numpy(), owners[low:high])
-            # What is not in the catalogue is never found, however long the list.
-            ranks[low:high][np.isneginf(own.cpu().numpy())] = np.iinfo(np.int64).max
+    def _earlier(self, data: BatchSource, split: str) -> Iterator[Pairs]:
+        """Users and items of the rows before a split."""
+        for earlier in EARLIER.get(split, ("train",)):
+            if earlier not in data.splits:
+                continue
+            for batch in data.batches(earlier, CHUNK_ROWS, shuffle=False):
+                who, items = self._who(batch)
+                if who is None:
+                    raise DataError(f"rows of the split {earlier!r} do not say whose they are, as others do")
+                yield who, items
+
+    def _ranks(self, catalogue: CatalogueVectors, vectors: Tensor, owners: Ints, items: Ints, seen: Pairs) -> Ints:
+        """Rank of each positive, by user; equal scores of other items come before it."""
+        listed, device = self.model.in_catalogue, vectors.device
+        mine, theirs = _Blocks(owners, items), _Blocks(*seen)
+        ends = np.searchsorted(owners, np.arange(len(vectors) + 1))
+        own, above = vectors.new_empty(len(items)), torch.zeros(len(items), dtype=torch.int64, device=device)
+        # A positive is compared with scores of the same product of matrices, so that equal vectors have equal scores.
+        for counting in (False, True):
+            for first, block in catalogue:
+                if not counting:
+                    _need_finite(block[listed[first : first + len(block)]], "vectors of items")
+                absent = ~listed[first : first + len(block)]
+                size = max(1, BLOCK_SCORES // len(block))
+                for start in range(0, len(vectors), size):
+                    stop = min(start + size, len(vectors))
+                    which, rows, columns = mine.within(first, first + len(block), start, stop, device)
+                    if not counting and not len(which):
+                        continue
+                    scores = vectors[start:stop] @ block.float().T
+                    scores.masked_fill_(absent, float("-inf"))
+                    if not counting:
+                        own[which] = scores[rows, columns]
+                        continue
+                    scores[rows, columns] = float("-inf")
+                    _, rows, columns = theirs.within(first, first + len(block), start, stop, device)
+                    scores[rows, columns] = float("-inf")
+                    part = slice(ends[start], ends[stop])
+                    whose = torch.from_numpy(owners[part] - start).to(device)
+                    above[part] += _count_above(scores, whose, own[part])
+        ranks = above.cpu().numpy() + _places(own.cpu().numpy(), owners)
+        # What is not in the catalogue is never found, however long the list.
+        ranks[np.isneginf(own.cpu().numpy())] = np.iinfo(np.int64).max
         return ranks
+
+
+class _Blocks:
+    """Pairs of users and items, by user, of which those of a range of both are found at once.
+
+    Args:
+        users: numbers ``[m]`` in order.
+        items: ids ``[m]``.
+    """
+
+    def __init__(self, users: Ints, items: Ints) -> None:
+        self.users, self.items = users, items
+        self._range: tuple[int, int] | None = None
+
+    def within(
+        self, first: int, last: int, start: int, stop: int, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Places of the pairs of items ``first`` to ``last`` and users ``start`` to ``stop``, and their users and items
+        counted from these."""
+        if self._range != (first, last):
+            self._range = first, last
+            self._places = np.flatnonzero((self.items >= first) & (self.items < last))
+            self._owners = self.users[self._places]
+        low, high = np.searchsorted(self._owners, (start, stop))
+        places = self._places[low:high]
+        found = places, self.users[places] - start, self.items[places] - first
+        return tuple(torch.from_numpy(part).to(device) for part in found)  # type: ignore[return-value]
+
+
+def _count_above(scores: Tensor, rows: Tensor, own: Tensor) -> Tensor:
+    """How many of a row's scores are not below each of ``own``, in the rows given: ``[m]``."""
+    size = max(1, BLOCK_SCORES // scores.shape[1])
+    pieces = zip(rows.split(size), own.split(size), strict=True)
+    return torch.cat([(scores[some] >= ours.unsqueeze(1)).sum(1) for some, ours in pieces])
 
 
 def _need_finite(vectors: Tensor, what: str) -> None:

@@ -24,12 +24,12 @@ def rounded_rows(model: nn.Module) -> Iterator[None]:
             for module in model.modules():
                 if not isinstance(module, EmbeddingCollection) or module.served is not None:
                     continue
-                for key in module.places:
-                    precision = module.tables[key].precision
-                    if precision != "fp32":
-                        table = module.table(key).detach()
+                of_heads = module.bundle.heads.tables()
+                for key, described in module.tables.items():
+                    if described.precision != "fp32":
+                        table = (of_heads[key] if described.dense else module.table(key)).detach()
                         kept.append((table, table.clone()))
-                        round_rows_(table, precision)
+                        round_rows_(table.view(len(table), -1), described.precision)
             yield
         finally:
             for table, before in kept:

@@ -22,6 +22,7 @@ def run_training(
     *,
     folder: str | Path | None = None,
     resume: bool = False,
+    start_from: str | Path | None = None,
     device: torch.device | str | None = None,
     tensorboard: bool = False,
     save_model: bool = True,
@@ -37,6 +38,10 @@ def run_training(
         folder: run folder; gets ``config.json``, ``run.json``, ``log.jsonl``, ``checkpoint.pt``, ``result.json`` and
             ``model.pt``. None keeps nothing.
         resume: go on from the folder's checkpoint; without one the run starts from the beginning.
+        start_from: folder of a finished run, or its ``model.pt``: train its model on, with the weights, the moments of
+            numeric columns and the catalogue that it has, instead of a fresh one. Optimizers and schedule begin anew.
+            The data must be encoded as that of the earlier run (``convert_table(..., like=OLD)``), and the settings of
+            model and method must be its own.
         device: e.g. ``"cuda"``; None: CPU.
         tensorboard: also write TensorBoard events.
         save_model: write ``model.pt`` at the end.
@@ -45,7 +50,8 @@ def run_training(
 
     Raises:
         ConfigError: the data lacks members of a data set; the folder already holds a run and ``resume`` is False, or
-            one under torchrun; the device cannot be used.
+            one under torchrun; the device cannot be used; the weights to start from are of other settings, features or
+            vocabularies.
     """
     check_data(data, config, "training")
     folder = None if folder is None else Path(folder)
@@ -59,6 +65,7 @@ def run_training(
             data,
             folder,
             resume=resume,
+            start_from=start_from,
             device=device,
             save_model=save_model,
             tensorboard=tensorboard,

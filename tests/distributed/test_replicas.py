@@ -19,6 +19,8 @@ HABITS: dict[str, dict[str, Any]] = {
     "empty": {},
     "unused": {"find_unused_parameters": True},
     "static": {"static_graph": True},
+    "bucket views": {"gradient_as_bucket_view": True},
+    "static bucket views": {"static_graph": True, "gradient_as_bucket_view": True},
 }
 
 

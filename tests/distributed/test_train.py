@@ -51,22 +51,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "data"
 
 
-def test_whole_batches_take_the_steps_of_one_process(workers: Workers, data: Path, tmp_path: Path) -> None:
-    """With all rows in every batch, both runs do the same mathematics; the rows do not divide by four."""
-    settings = {**SETTINGS, "batch_size": ROWS, "epochs": 4, "shuffle": False}
-    alone = run_training(TrainConfig.from_dict(settings), open_dataset(data), folder=tmp_path / "one").result
-    for found in workers.run("train_run", 4, data=str(data), settings=settings, folder=str(tmp_path / "four")):
-        assert found["steps"] == alone.steps == 4
-        for mine, known in zip(found["history"], alone.history, strict=True):
-            assert mine["auc"] == pytest.approx(known["auc"], abs=1e-4)
-            assert mine["logloss"] == pytest.approx(known["logloss"], abs=1e-5)
-        assert found["test"]["samples"] == alone.test.samples  # type: ignore[union-attr]
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()
-               if '"train"' in line] for run in ("one", "four")]  # fmt: skip
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    assert losses[0][0] != losses[0][-1]
-
-
 @pytest.fixture(scope="module")
 def histories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows with tags, a history that reads the table of the item, a number and a weight."""
@@ -96,21 +80,27 @@ def histories(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("rows", "changes"),
     [
-        {"model": "deepfm"},
-        pytest.param({"model": "dnn", "method": "hash"}, marks=pytest.mark.slow),
-        pytest.param({"model": "dnn", "method": "compositional"}, marks=pytest.mark.slow),
-        {"model": "din", "embedding_optimizer": "dense_adam"},
+        ("data", {}),
+        ("histories", {"model": "deepfm", "ratio": 2}),
+        pytest.param("histories", {"model": "dnn", "method": "hash", "ratio": 2}, marks=pytest.mark.slow),
+        pytest.param("histories", {"model": "dnn", "method": "compositional", "ratio": 2}, marks=pytest.mark.slow),
+        ("histories", {"model": "din", "embedding_optimizer": "dense_adam", "ratio": 2}),
     ],
-    ids=["unified", "hash", "compositional", "din"],
+    ids=["single ids", "lists", "hash", "compositional", "din"],
 )
-def test_lists_and_shared_tables_take_the_steps_of_one_process(
-    workers: Workers, histories: Path, tmp_path: Path, changes: dict[str, Any]
+def test_whole_batches_take_the_steps_of_one_process(
+    workers: Workers, request: pytest.FixtureRequest, tmp_path: Path, rows: str, changes: dict[str, Any]
 ) -> None:
-    settings = {**SETTINGS, "batch_size": 501, "epochs": 4, "shuffle": False, "ratio": 2, **changes}
-    alone = run_training(TrainConfig.from_dict(settings), open_dataset(histories), folder=tmp_path / "one").result
-    for found in workers.run("train_run", 4, data=str(histories), settings=settings, folder=str(tmp_path / "four")):
+    """With all rows in every batch, both runs do the same mathematics; the rows do not divide by four."""
+    folder: Path = request.getfixturevalue(rows)
+    data = open_dataset(folder)
+    batch = max(data.splits.values())
+    settings = {**SETTINGS, "batch_size": batch, "epochs": 4, "shuffle": False, **changes}
+    alone = run_training(TrainConfig.from_dict(settings), data, folder=tmp_path / "one").result
+    for found in workers.run("train_run", 4, data=str(folder), settings=settings, folder=str(tmp_path / "four")):
+        assert found["steps"] == alone.steps == 4
         for mine, known in zip(found["history"], alone.history, strict=True):
             assert mine["auc"] == pytest.approx(known["auc"], abs=1e-4)
             assert mine["logloss"] == pytest.approx(known["logloss"], abs=1e-5)

@@ -440,7 +440,7 @@ def test_other_dtypes(dtype: torch.dtype, precision: Any, tmp_path: Path) -> Non
         assert got.dtype == dtype
         if precision == "fp32":
             assert torch.equal(got, wanted) or dtype == torch.float64
-        assert (got - wanted).abs().max() < 0.6
+        assert (got - wanted).abs().max() < (2.0 if precision == "int2" else 0.6)
 
 
 def test_a_served_module_is_a_module(tmp_path: Path) -> None:
@@ -482,8 +482,8 @@ def test_backends_give_the_same_bits(tmp_path: Path) -> None:
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     module = make(rse.get_method("hash"))
-    with pytest.raises(ConfigError, match="unknown precision 'fp8'"):
-        export(module, tmp_path / "f", "fp8")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="unknown precision 'int3'"):
+        export(module, tmp_path / "f", "int3")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown search 'best'"):
         export(module, tmp_path / "f", search="best")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"must be a torch.nn.Module or the path of a run; got int"):

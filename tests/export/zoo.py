@@ -48,7 +48,7 @@ def model(name: str, mixed: bool = True, **options) -> nn.Module:
 
 
 def finds(name: str, features: rse.Schema) -> dict[str, str]:
-    """Of models that find items, which feature is the item."""
+    """Of retrieval models, which feature is the item."""
     return {"item": features.names[-1]} if issubclass(get_model(name), RetrievalModel) else {}
 
 

@@ -104,7 +104,7 @@ def test_a_model_is_compressed_and_exported_as_planned(tmp_path: Path) -> None:
 
     model, ids = Ranker(), torch.stack([torch.arange(99), torch.arange(99)], 1)
     before = model(ids).detach()
-    plan = plan_for_budget(model, "60KiB", methods=["full", "lowdim"], precision="auto")
+    plan = plan_for_budget(model, "60KiB", methods=["full"], precision="auto")
     report = rse.compress_(model, plan)
     assert report.bytes_after == plan.notes.bytes  # type: ignore[union-attr]
     written = rse.export(model, tmp_path / "m", prune=False)
@@ -118,9 +118,13 @@ def test_a_run_is_measured_as_it_is_served(tmp_path: Path) -> None:
     from tests.train.toy import ToyData, toy_config
 
     schema = ToyData(2000).schema(8)
-    configs = {s.name: {"method": "full", "precision": "int2"} for s in schema}
+    precisions = ("int2", "int2", "fp32", "int2")
+    configs = {s.name: {"method": "full", "precision": p} for s, p in zip(schema, precisions, strict=True)}
     data = ToyData(2000)
-    found = run_training(toy_config(method="planned", plan={"version": 1, "features": configs}), data)
+    plan = {"version": 1, "features": configs}
+    config = toy_config(method="planned", plan=plan, eval_every=5, epochs=8, learning_rate=0.05)
+    found = run_training(config, data, folder=tmp_path / "run", show_progress=False)
+    assert found.result.best_step < found.result.steps, "the best weights are loaded"
     unrounded = evaluate(found.model, data, "test")
     rse.export(found.model, tmp_path / "m")
     served = evaluate(rse.load(tmp_path / "m"), data, "test")  # type: ignore[arg-type]

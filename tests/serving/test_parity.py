@@ -31,6 +31,7 @@ def same(found: Batch, wanted: Batch) -> None:
     """Equal bits of all inputs."""
     assert torch.equal(found.ids, wanted.ids.long())
     assert np.array_equal(found.dense.numpy().view(np.int32), wanted.dense.numpy().view(np.int32))
+    assert found.vector_places == wanted.vector_places
     assert (found.lists is None) == (wanted.lists is None)
     if found.lists is not None and wanted.lists is not None:
         assert torch.equal(found.lists.values, wanted.lists.values.long())

@@ -52,10 +52,21 @@ def test_files_of_scores(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
         wanted = model.predict(EVENTS, batch_size=5)
         assert ending == ".csv" or np.array_equal(found["score"].to_numpy(), wanted)
         np.testing.assert_allclose(found["score"], wanted, rtol=1e-5)
-        assert "columns that were not used: click" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "columns that were not used: click" in said
+        assert "knows no value" not in said
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "rows-0.parquet", "rows-1.parquet", "scores.csv", "scores.parquet",
     ]  # fmt: skip
+
+
+def test_columns_of_which_no_value_is_known_are_told(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    EVENTS.with_columns(zip=pl.lit("none"), tags=pl.lit("x|y")).write_csv(tmp_path / "rows.csv")
+    args = ["predict", str(folder / "model.safetensors"), str(tmp_path / "rows.csv"), "--out", str(tmp_path / "s.csv")]
+    assert main(args) == 0
+    assert "the model knows no value of these columns: zip, tags; are they written" in capsys.readouterr().out
+    assert main([*args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unknown"] == ["zip", "tags"]
 
 
 def test_a_query_is_scored_whole(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,10 +153,10 @@ def test_bad_rows_fail_or_are_set_aside(folder: Path, tmp_path: Path, capsys: An
 
 def test_columns_are_refused_together(folder: Path, tmp_path: Path, capsys: Any) -> None:
     model: Any = rse.load(folder / "model.safetensors")
-    wrong = EVENTS.drop("user").with_columns(zip=pl.lit(3), price=pl.lit("cheap"), more=pl.lit(1))
+    wrong = EVENTS.drop("user").with_columns(zip=pl.lit(True), price=pl.lit("cheap"), more=pl.lit(1))
     with pytest.raises(ConfigError) as e:
         model.predict(wrong)
-    for text in ("3 faults", "'user' is missing", "'zip' as categorical: it learned values of type string; got Int32",
+    for text in ("3 faults", "'user' is missing", "'zip' as categorical: it learned values of type string; got Bool",
                  "'price' as numeric: numbers are"):  # fmt: skip
         assert text in str(e.value)
     with pytest.raises(ConfigError, match="`batch_size` must be an integer of at least 1; got 0"):
@@ -204,7 +215,6 @@ def test_one_row_in_no_list_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "good", "bad", "told"),
     [
-        ("zip", "12", 12, "text '12' and row 2 has the number 12"),
         ("zip", "12", True, "text '12' and row 2 has the boolean True"),
         ("user", 1, "1", "number 1 and row 2 has the text '1'"),
         ("user", 1, True, "number 1 and row 2 has the boolean True"),

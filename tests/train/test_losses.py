@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from recsys_embed import FeatureSpec, Schema
 from recsys_embed.data import Batch, RowSource
 from recsys_embed.data.list_ids import ListIds
-from recsys_embed.errors import ConfigError, DataError
-from recsys_embed.train import DivergedError, TrainConfig, evaluate, run_training
+from recsys_embed.errors import DataError
+from recsys_embed.train import DivergedError, TrainConfig, Trainer, evaluate, run_training
+from recsys_embed.train.build import model_from_config
 from recsys_embed.train.loss import loss_of
 
 ROWS = {"train": 2000, "valid": 400, "test": 400}
@@ -114,6 +115,30 @@ def test_rows_of_weight_zero_teach_nothing() -> None:
     assert bool((users[1::2] != before[1::2]).all())
 
 
+class Weightless(Ratings):
+    """Rows of weight 0, but for one."""
+
+    def __init__(self, heavy: int | None) -> None:
+        super().__init__(real=False)
+        self.heavy = heavy
+
+    def read(self, split: str, start: int, stop: int) -> Batch:
+        batch = super().read(split, start, stop)
+        weight = torch.tensor([float(row == self.heavy) for row in range(start, start + batch.num_rows)])
+        return dataclasses.replace(batch, extra={"weight": weight})
+
+
+def test_rows_that_all_have_weight_zero_are_refused_before_anything_changed() -> None:
+    config = TrainConfig(model="lr", batch_size=100, embedding_weight_decay=0.1, shuffle=False)
+    data = Weightless(None)
+    trainer = Trainer(model_from_config(config, data.schema(16), data.num_dense), data, config)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(DataError, match="the `weight` of every training row is 0, so nothing can be learned: correct"):
+        trainer.run()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    run_training(config, Weightless(1999))
+
+
 class Heavy(Ratings):
     def read(self, split: str, start: int, stop: int) -> Batch:
         batch = super().read(split, start, stop)
@@ -128,9 +153,3 @@ def test_weights_that_drive_the_loss_out_of_range_are_named() -> None:
 def test_labels_that_do_not_fit_the_loss_are_refused() -> None:
     with pytest.raises(DataError, match=r"labels must be 0 or 1.*loss='squared_error'"):
         run_training(TrainConfig(), Ratings(real=True))
-    from recsys_embed.search import DnisSearch, DnisSettings, run_search
-
-    with pytest.raises(ConfigError, match="tags have lists"):
-        run_search(DnisSearch, TrainConfig(), Ratings(real=False), DnisSettings())
-    with pytest.raises(ConfigError, match="loss='squared_error'"):
-        run_search(DnisSearch, TrainConfig(loss="squared_error"), Ratings(real=True), DnisSettings())

@@ -16,7 +16,7 @@ from recsys_embed.models.retrieval import Queries, RetrievalModel
 from recsys_embed.train import TrainConfig, run_training
 from recsys_embed.train.loss import loss_of
 from recsys_embed.train.losses import loss_args
-from recsys_embed.train.retrieval_losses import Positives, cross_entropy, expected_negatives
+from recsys_embed.train.retrieval_losses import Positives, cross_entropy, expected_negatives, warn_of_large
 
 from .events import ARGS, Events
 
@@ -179,6 +179,16 @@ def test_what_cannot_be_trained_is_refused_before_any_step() -> None:
         run_training(TrainConfig(model="twotower", model_args={**ARGS, "item_lists": {}}), Events())
 
 
+def test_a_softmax_over_very_many_items_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = planted()
+    found = 4 * 4 * K * V
+    monkeypatch.setattr("recsys_embed.train.retrieval_losses.MANY_BYTES", found)
+    warn_of_large(model)
+    monkeypatch.setattr("recsys_embed.train.retrieval_losses.MANY_BYTES", found - 1)
+    with pytest.warns(UserWarning, match="the vectors of all 12 items and their gradients at every step, 960 B"):
+        warn_of_large(model)
+
+
 def test_settings_of_losses_are_named_only_where_they_are_set() -> None:
     known = TrainConfig().to_dict()
     assert not {"loss", "loss_args", "top_k", "exclude_seen"} & known.keys()
@@ -186,8 +196,12 @@ def test_settings_of_losses_are_named_only_where_they_are_set() -> None:
     assert TrainConfig.from_dict(config.to_dict()) == config
 
 
+@pytest.mark.parametrize("held", [1 << 26, 24, 1], ids=["held", "in blocks", "item by item"])
 @pytest.mark.parametrize("items", [[0, 5, 5, 7, 2, 5], [3] * 6], ids=["some equal", "all equal"])
-def test_gradients_are_those_of_torchs_cross_entropy(items: list[int]) -> None:
+def test_gradients_are_those_of_torchs_cross_entropy(
+    items: list[int], held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recsys_embed.train.retrieval_losses.HELD_SCORES", held)
     torch.manual_seed(0)
     targets, ids = torch.tensor(items), torch.tensor([*items, 5, 1, 3])
     users, vectors = torch.randn(6, 4).double().requires_grad_(), torch.randn(9, 4).double().requires_grad_()

@@ -124,8 +124,20 @@ def test_blocks_of_users_and_pairs_change_nothing(monkeypatch: pytest.MonkeyPatc
     data = Split(train=Batch(torch.zeros(300, 0), ids.flip(0), torch.ones(300)),
                  test=Batch(torch.zeros(300, 0), ids, torch.rand(300).round()))  # fmt: skip
     whole = evaluate(model, data, "test")
-    monkeypatch.setattr("recsys_embed.train.retrieval_metrics.BLOCK_SCORES", 40)
-    assert evaluate(model, data, "test") == whole
+    for name, value in {
+        "train.retrieval_metrics.BLOCK_SCORES": 40,
+        "train.retrieval_metrics.MAX_PAIRS": 30,
+        "train.retrieval_metrics.CHUNK_ROWS": 8,
+        "models.retrieval.BLOCK_ITEMS": 4,
+        "models.retrieval.KEPT_BYTES": 0,
+    }.items():
+        monkeypatch.setattr(f"recsys_embed.{name}", value)
+    read, batches = [], data.batches
+    data.batches = lambda split, size, **_: read.append(split) or batches(split, size)  # type: ignore[method-assign,func-returns-value]
+    held = dict[str, object]()
+    assert evaluate(model, data, "test", seen=held) == whole  # type: ignore[arg-type]
+    assert len(read) > 5, "earlier rows are read for a part of the users at a time"
+    assert not held
 
 
 @pytest.mark.parametrize("memory_limit", [1 << 30, 0], ids=["in memory", "streamed"])

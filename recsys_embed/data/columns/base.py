@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import polars as pl
 
 from recsys_embed.errors import DataError
-from recsys_embed.utils.settings import Settings, build, param
+from recsys_embed.utils.settings import FilePart, Settings, build, param
 from recsys_embed.utils.types import JSON, JSONMapping
 
 Form = Literal["single", "list", "sequence"]
@@ -181,6 +181,8 @@ class Encoder(ABC):
     """What turns values of a column into the columns of a shard; made by a :class:`Learner`, or read back."""
 
     column: Column
+    saved: ClassVar[type[FilePart]]
+    """What manifests and exported files hold of what an input of models learned: names and types of its values."""
 
     @property
     def features(self) -> tuple[FeatureOutput, ...]:
@@ -195,6 +197,14 @@ class Encoder(ABC):
     def refuse(self, dtype: pl.DataType) -> str | None:
         """Why values of a type cannot be encoded, or None: what was learned may narrow what the column takes."""
         return self.column.refuse(dtype)
+
+    def checks(self, dtype: pl.DataType) -> bool:
+        """Whether values of a type may be faulty, see :meth:`Column.checks`."""
+        return self.column.checks(dtype)
+
+    def faults(self, values: pl.Series) -> list[Fault]:
+        """Rows whose values cannot be used, see :meth:`Column.faults`."""
+        return self.column.faults(values)
 
     @abstractmethod
     def encode(self, values: pl.Series) -> Encoded:
@@ -217,6 +227,20 @@ class Encoder(ABC):
     def vocabulary(self) -> Any:
         """The vocabulary that its ids come from, or None."""
         return None
+
+
+def saved_values(encoder: Encoder) -> JSON:
+    """The values of an encoder that are saved under their own names."""
+    return {f.name: getattr(encoder, f.name) for f in fields(encoder.saved) if f.name != "place"}
+
+
+def read_saved(part: type[FilePart], learned: Mapping[str, Any], where: str) -> JSON:
+    """Inverse of :func:`saved_values`.
+
+    Raises:
+        DataError: values are absent.
+    """
+    return {f.name: learned_value(learned, f.name, where) for f in fields(part) if f.name != "place"}
 
 
 def learned_value(learned: Mapping[str, Any], key: str, where: str) -> Any:

@@ -25,6 +25,8 @@ from recsys_embed.data.columns.base import (
 )
 from recsys_embed.data.columns.vocabulary import (
     MAX_WHOLE,
+    TYPE_NAMES,
+    VALUE_TYPES,
     ValueCounter,
     ValueVocabulary,
     joint_value_type,
@@ -35,7 +37,7 @@ from recsys_embed.data.columns.vocabulary import (
 )
 from recsys_embed.data.field_counts import FieldCounter, FieldCounts
 from recsys_embed.features import MAX_ROWS
-from recsys_embed.utils.settings import param
+from recsys_embed.utils.settings import FilePart, param
 from recsys_embed.utils.types import JSON
 
 RESERVED = EMPTY_ID[64]
@@ -246,6 +248,18 @@ def raw_ids(keys: pl.Series, strings: StringIds) -> pl.Series:
 
 
 @dataclass(frozen=True)
+class SavedIds(FilePart):
+    """What a column whose values become ids learned besides its vocabulary, see :class:`VocabularyEncoder`."""
+
+    type: Literal["string", "integer", "unsigned", "bool", "date", "time"]
+    vocab: str | None = None
+    missing_count: int = 0
+    unknown_count: int = 0
+    distinct: int = param(1, low=1)
+    estimated: bool = False
+
+
+@dataclass(frozen=True)
 class VocabularyEncoder(Encoder):
     """Values to ids.
 
@@ -255,6 +269,7 @@ class VocabularyEncoder(Encoder):
         distinct: raw ids: distinct values in training, or an estimate.
     """
 
+    saved = SavedIds
     known: ValueVocabulary | None
     dtype: pl.DataType
     distinct: int = 1
@@ -282,12 +297,37 @@ class VocabularyEncoder(Encoder):
 
     def refuse(self, dtype: pl.DataType) -> str | None:
         column: Any = self.column
+        if self.writes_numbers(dtype):
+            return None
         why = column.refuse(dtype)
         flat = None if why is not None else column.flat_type(dtype)
         found = None if flat is None or flat == pl.Null else value_type(flat)
         if found is None or found == self.dtype or (found.is_integer() and self.dtype.is_integer()):
             return why
-        return f"it learned values of type {_TYPE_NAMES[str(self.dtype)]}; got {dtype}: cast the column"
+        return f"it learned values of type {TYPE_NAMES[str(self.dtype)]}; got {dtype}: cast the column"
+
+    def writes_numbers(self, dtype: pl.DataType) -> bool:
+        """Whether values of a type are numbers where texts were learned: they are read as their decimals."""
+        column: Any = self.column
+        if self.dtype != pl.String or isinstance(dtype, pl.List | pl.Array) != hasattr(column, "lists"):
+            return False
+        return bool(column.flat_type(dtype).is_numeric())
+
+    def checks(self, dtype: pl.DataType) -> bool:
+        column: Any = self.column
+        return bool(column.flat_type(dtype).is_float()) if self.writes_numbers(dtype) else super().checks(dtype)
+
+    def faults(self, values: pl.Series) -> list[Fault]:
+        column: Any = self.column
+        if not self.writes_numbers(values.dtype):
+            return super().faults(values)
+        if not column.flat_type(values.dtype).is_float():
+            return []
+        if values.dtype.is_numeric():
+            wrong = values.is_infinite()
+        else:
+            wrong = column.lists(values).list.eval(pl.element().is_infinite()).list.any()
+        return cast_faults(values, wrong, "infinity is no category")
 
     def keys(self, values: pl.Series) -> tuple[pl.Series, int]:
         """Values in the vocabulary's type, see :func:`plain`; raw integers in their own, with a sign or without."""
@@ -300,7 +340,7 @@ class VocabularyEncoder(Encoder):
         return raw_ids(keys, self._strings) if self.known is None else self.known.find(keys)
 
     def learned(self) -> JSON:
-        of_type = {"type": _TYPE_NAMES[str(self.dtype)]}
+        of_type = {"type": TYPE_NAMES[str(self.dtype)]}
         if self.known is None:
             return {**of_type, "distinct": self.distinct, "estimated": self.estimated}
         known = self.known
@@ -315,7 +355,7 @@ class VocabularyEncoder(Encoder):
     @classmethod
     def restore(cls, column: Any, learned: Mapping[str, Any], vocabularies: Vocabularies) -> Self:
         where = column.where()
-        dtype = _TYPES[learned_value(learned, "type", where)]
+        dtype = VALUE_TYPES[learned_value(learned, "type", where)]
         if column.ids == "raw":
             return cls(column, None, dtype, learned_value(learned, "distinct", where), bool(learned.get("estimated")))
         file = learned_value(learned, "vocab", where)
@@ -326,17 +366,6 @@ class VocabularyEncoder(Encoder):
             unknown_count=learned_value(learned, "unknown_count", where),
         )
         return cls(column, known, dtype)
-
-
-_TYPES: dict[str, pl.DataType] = {
-    "string": pl.String(),
-    "integer": pl.Int64(),
-    "unsigned": pl.UInt64(),
-    "bool": pl.Boolean(),
-    "date": pl.Date(),
-    "time": pl.Datetime("us"),
-}
-_TYPE_NAMES = {str(dtype): name for name, dtype in _TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -373,3 +402,13 @@ def _odd(values: pl.Series) -> pl.Series:
     if values.dtype.is_float():
         return values.is_nan().fill_null(False)
     return (values.cast(pl.String).str.len_bytes() == 0).fill_null(False)
+
+
+def all_unknown(counts: Mapping[str, int], rows: int) -> bool:
+    """Whether some values were looked up in a vocabulary and none was known, by what encoders count.
+
+    >>> all_unknown({"null": 1, "empty": 0, "unknown": 3}, 4), all_unknown({"null": 4, "empty": 0, "unknown": 0}, 4)
+    (True, False)
+    """
+    values = counts["values"] if "values" in counts else rows - counts.get("null", 0) - counts.get("empty", 0)
+    return values > 0 and counts.get("unknown", 0) == values

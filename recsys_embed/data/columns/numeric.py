@@ -21,11 +21,13 @@ from recsys_embed.data.columns.base import (
     Vocabularies,
     cast_faults,
     learned_value,
+    read_saved,
+    saved_values,
 )
 from recsys_embed.data.columns.vocabulary import ValueVocabulary, vocabulary_file
 from recsys_embed.data.field_counts import FieldCounts
 from recsys_embed.data.random_bits import random_bits
-from recsys_embed.utils.settings import param
+from recsys_embed.utils.settings import FilePart, param
 from recsys_embed.utils.types import JSON
 
 _BLOCK = 1 << 14
@@ -222,6 +224,26 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class SavedNumeric(FilePart):
+    """What a numeric column learned, see :class:`NumericEncoder`."""
+
+    fill: float
+    shift: float
+    scale: float
+    mean: float
+    std: float
+    missing: int
+
+
+@dataclass(frozen=True)
+class SavedBuckets(FilePart):
+    """What a column of buckets learned besides its vocabulary."""
+
+    vocab: str
+    missing_count: int
+
+
+@dataclass(frozen=True)
 class NumericEncoder(Encoder):
     """A number to a float, and to an indicator where it is missing.
 
@@ -231,6 +253,7 @@ class NumericEncoder(Encoder):
         mean, std, missing: of the training rows, after clip and transform.
     """
 
+    saved = SavedNumeric
     fill: float
     shift: float
     scale: float
@@ -256,15 +279,13 @@ class NumericEncoder(Encoder):
         return Encoded(found, {"null": null, "nan": int(gone.sum()) - null})
 
     def learned(self) -> JSON:
-        names = ("fill", "shift", "scale", "mean", "std", "missing")
-        return {name: getattr(self, name) for name in names}
+        return saved_values(self)
 
     @classmethod
     def restore(cls, column: Any, learned: Mapping[str, Any], vocabularies: Vocabularies) -> Any:
         if column.buckets is not None:
             return BucketEncoder.restore(column, learned, vocabularies)
-        names = ("fill", "shift", "scale", "mean", "std", "missing")
-        return cls(column, *(learned_value(learned, name, column.where()) for name in names))
+        return cls(column, **read_saved(SavedNumeric, learned, column.where()))
 
 
 @dataclass(frozen=True)
@@ -274,6 +295,7 @@ class BucketEncoder(Encoder):
     Its vocabulary holds the lowest number of every bucket, minus infinity for the first.
     """
 
+    saved = SavedBuckets
     known: ValueVocabulary
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import polars as pl
@@ -16,10 +16,10 @@ from recsys_embed.data.columns.base import (
     Limits,
     Vocabularies,
     cast_faults,
-    learned_value,
+    read_saved,
 )
 from recsys_embed.data.columns.numeric import Moments
-from recsys_embed.utils.settings import param
+from recsys_embed.utils.settings import FilePart, fault, param
 from recsys_embed.utils.types import JSON
 
 Part = Literal["hour", "weekday", "day", "month", "age"]
@@ -185,6 +185,19 @@ class TimeLearner:
 
 
 @dataclass(frozen=True)
+class SavedTime(FilePart):
+    """What a time learned, see :class:`TimeEncoder`."""
+
+    means: Mapping[str, float]
+    missing: int
+    latest: int = param(MISSING, low=-(1 << 40), high=1 << 40)
+
+    def conflicts(self) -> list[str]:
+        wrong = [v for v in self.means.values() if not isinstance(v, int | float)]
+        return [fault("means", "numbers by part", wrong[0])] if wrong else []
+
+
+@dataclass(frozen=True)
 class TimeEncoder(Encoder):
     """A time to its parts, and to the folder's ``time`` if it is the event time.
 
@@ -194,6 +207,7 @@ class TimeEncoder(Encoder):
         missing: training rows without a time.
     """
 
+    saved = SavedTime
     latest: int
     means: dict[str, float]
     missing: int
@@ -219,5 +233,4 @@ class TimeEncoder(Encoder):
 
     @classmethod
     def restore(cls, column: Any, learned: Mapping[str, Any], vocabularies: Vocabularies) -> Self:
-        where = column.where()
-        return cls(column, *(learned_value(learned, key, where) for key in ("latest", "means", "missing")))
+        return cls(column, **read_saved(SavedTime, learned, column.where()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Self
 
 import polars as pl
@@ -20,7 +20,7 @@ from recsys_embed.data.columns.base import (
 )
 from recsys_embed.data.columns.lists import inner
 from recsys_embed.data.columns.numeric import MAX_FLOAT
-from recsys_embed.utils.settings import param
+from recsys_embed.utils.settings import FilePart, param
 from recsys_embed.utils.types import JSON
 
 
@@ -99,6 +99,14 @@ class VectorLearner:
 
 
 @dataclass(frozen=True)
+class SavedVector(FilePart):
+    """What a vector learned, see :class:`VectorEncoder`."""
+
+    missing: int
+    width: int = param(MISSING, low=1, high=1 << 14)
+
+
+@dataclass(frozen=True)
 class VectorEncoder(Encoder):
     """A vector to an array of floats.
 
@@ -107,6 +115,7 @@ class VectorEncoder(Encoder):
         missing: training rows without one.
     """
 
+    saved = SavedVector
     width: int
     missing: int
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
@@ -25,6 +26,16 @@ _FILE_NAME = 200
 """Characters that a file's name may have before its ending; file systems take 255 with what is added while writing."""
 DISTINCT_BYTES = 240
 """Measured peak per distinct value of a vocabulary, strings of 12 bytes."""
+VALUE_TYPES: dict[str, pl.DataType] = {
+    "string": pl.String(),
+    "integer": pl.Int64(),
+    "unsigned": pl.UInt64(),
+    "bool": pl.Boolean(),
+    "date": pl.Date(),
+    "time": pl.Datetime("us"),
+}
+"""Types of vocabularies by their names in manifests and exported files."""
+TYPE_NAMES = {str(dtype): name for name, dtype in VALUE_TYPES.items()}
 
 
 def value_type(dtype: pl.DataType) -> pl.DataType | None:
@@ -69,10 +80,13 @@ def joint_value_type(dtypes: Iterable[pl.DataType], name: str) -> pl.DataType:
 def plain(values: pl.Series, dtype: pl.DataType) -> tuple[pl.Series, int]:
     """Values in a vocabulary's type, null where they are missing or none of its type, and how many were empty or NaN.
 
-    An empty string and NaN are missing values, as null is.
+    An empty string and NaN are missing values, as null is. Numbers are texts as :func:`number_texts` has them.
     """
     odd = 0
     if dtype == pl.String:
+        if values.dtype.is_numeric():
+            gone = int(values.is_nan().sum() or 0) if values.dtype.is_float() else 0
+            return number_texts(values), gone
         values = values.cast(pl.String)
         empty = values.str.len_bytes() == 0
         odd = int(empty.sum() or 0)
@@ -84,6 +98,24 @@ def plain(values: pl.Series, dtype: pl.DataType) -> tuple[pl.Series, int]:
     if isinstance(values.dtype, pl.Datetime) and values.dtype.time_zone is not None:
         values = values.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
     return (values if values.dtype == dtype else values.cast(dtype, strict=False)), odd
+
+
+def number_texts(values: pl.Series) -> pl.Series:
+    """Numbers as their shortest decimals, null where they are not finite.
+
+    >>> number_texts(pl.Series([7.0, -0.25, 1e-7, 1e21, float("nan")])).to_list()
+    ['7', '-0.25', '0.0000001', '1000000000000000000000', None]
+    """
+    if not values.dtype.is_float():
+        return values.cast(pl.String)
+    known = values.cast(pl.Float64).set(~values.is_finite().fill_null(False), None)
+    whole = ((known == known.round(0)) & (known.abs() <= MAX_WHOLE)).fill_null(True)
+    texts = known.set(~whole, None).cast(pl.Int64).cast(pl.String)
+    if whole.all():
+        return texts
+    # Polars writes some with an exponent.
+    written = {value: format(Decimal(repr(value)), "f") for value in known.filter(~whole).unique().to_list()}
+    return texts.zip_with(whole, known.replace_strict(written, default=None, return_dtype=pl.String))
 
 
 @dataclass(frozen=True)

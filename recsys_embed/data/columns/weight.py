@@ -51,7 +51,8 @@ class WeightEncoder(Encoder):
     """A weight to the folder's ``weight``, Float32."""
 
     def encode(self, values: pl.Series) -> Encoded:
-        return Encoded({"weight": values.cast(pl.Float32).alias("weight")})
+        weight = values.cast(pl.Float32).alias("weight")
+        return Encoded({"weight": weight}, {"zero": int((weight == 0).sum())})
 
     def learned(self) -> JSON:
         return {}

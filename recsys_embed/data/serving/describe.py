@@ -16,16 +16,15 @@ from recsys_embed.data.columns.numeric import BucketEncoder, NumericEncoder
 from recsys_embed.data.columns.sequence import Sequence
 from recsys_embed.data.columns.time import TimeEncoder
 from recsys_embed.data.columns.vector import VectorEncoder
+from recsys_embed.data.columns.vocabulary import TYPE_NAMES
 from recsys_embed.data.criteo.layout import CAT_NAMES, INT_NAMES
 from recsys_embed.data.criteo.transform import LOG_SHIFT
 from recsys_embed.data.serving.criteo_rows import CriteoEncoder
-from recsys_embed.data.serving.lookups import VALUE_TYPES, IntegerIds, make_lookup
+from recsys_embed.data.serving.lookups import IntegerIds, make_lookup
 from recsys_embed.data.serving.read import read_row_encoder
 from recsys_embed.data.serving.stored import StoredEncoders, StoredVocabulary
 from recsys_embed.data.serving.table_rows import TableEncoder
 from recsys_embed.utils.types import JSON
-
-_TYPES = {str(dtype): name for name, dtype in VALUE_TYPES.items()}
 
 
 def describe_encoders(stored: StoredEncoders) -> JSON:
@@ -82,7 +81,7 @@ def _column(encoder: Encoder) -> JSON:
         edges = encoder.known.values.to_numpy()[1:].tolist()
         return {**about, "kind": "bucket", "feature": column.name, "edges": edges, **_steps(column)}
     if isinstance(encoder, VocabularyEncoder):
-        about |= {"feature": column.name, "type": _TYPES[str(encoder.dtype)], "missing_id": encoder.missing_id}
+        about |= {"feature": column.name, "type": TYPE_NAMES[str(encoder.dtype)], "missing_id": encoder.missing_id}
         if encoder.known is None:
             about["ids"] = "hash"
         else:

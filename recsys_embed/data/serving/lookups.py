@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from recsys_embed.core.hashing import splitmix64
-from recsys_embed.data.columns.vocabulary import ValueVocabulary
+from recsys_embed.data.columns.vocabulary import VALUE_TYPES, ValueVocabulary
 from recsys_embed.data.serving.stored import StoredVocabulary
 from recsys_embed.data.vocab import OOV_ID
 from recsys_embed.errors import ConfigError
@@ -24,18 +25,6 @@ _PROBES = 64
 _SLICE = 4 << 20
 """Bytes of text that are hashed or compared at once."""
 _I32 = np.iinfo(np.int32)
-
-
-VALUE_TYPES: dict[str, pl.DataType] = {
-    "string": pl.String(),
-    "integer": pl.Int64(),
-    "unsigned": pl.UInt64(),
-    "bool": pl.Boolean(),
-    "date": pl.Date(),
-    "time": pl.Datetime("us"),
-    "edges": pl.Float64(),
-}
-"""Types of vocabularies by their names in a file."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +71,10 @@ class IntegerIds:
     def values(self) -> tuple[NDArray[Any], NDArray[np.int32]]:
         """All values and their ids."""
         return self.keys, self.ids
+
+    def at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The values at some places of ``ids``."""
+        return self.keys[places].astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -171,6 +164,11 @@ class TextIds:
         whole, ends = self.text.tobytes(), self.ends.tolist()
         return [whole[a:b].decode() for a, b in pairwise([0, *ends])], self.ids
 
+    def at(self, places: NDArray[np.int64]) -> list[str]:
+        """The values at some places of ``ids``."""
+        starts = np.where(places > 0, self.ends[places - 1], 0)
+        return [self.text[a:b].tobytes().decode() for a, b in zip(starts, self.ends[places], strict=True)]
+
 
 def _bytes(values: pl.Series) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Strings without nulls one after another in UTF-8, and their lengths."""
@@ -248,12 +246,37 @@ class MappedVocabulary:
         gone = keys.is_null()
         return ids.set(gone, OOV_ID) if gone.any() else ids
 
+    @cached_property
+    def places(self) -> NDArray[np.int32]:
+        """Where each id is in the lookup's ``ids``, -1 for those that stand for no value: int32 ``[size]``."""
+        found = np.full(self.size, -1, np.int32)
+        found[self.lookup.ids] = np.arange(len(self.lookup.ids), dtype=np.int32)
+        return found
+
+    def values_of(self, ids: NDArray[np.int64]) -> pl.Series:
+        """The values of ids ``[n]`` of ``[0, size)`` or -1; null for those that stand for no value."""
+        places = np.where(ids < 0, -1, self.places[ids]).astype(np.int64)
+        distinct, at = np.unique(places, return_inverse=True)
+        known = distinct[distinct >= 0]
+        values = from_integers(self.lookup.at(known), self.dtype)
+        if len(known) < len(distinct):
+            values = pl.concat([pl.Series("value", [None], dtype=self.dtype), values])
+        return values.gather(at)
+
 
 def integers(keys: pl.Series) -> NDArray[np.int64]:
     """Values that are not strings as int64, of which nulls are anything; unsigned ones keep their bits."""
     if keys.dtype == pl.UInt64:
         return keys.fill_null(0).to_numpy().view(np.int64)
     return keys.to_physical().cast(pl.Int64).fill_null(0).to_numpy()
+
+
+def from_integers(values: NDArray[np.int64] | list[str], dtype: pl.DataType) -> pl.Series:
+    """Values of a type by what :func:`integers` made of them, or the strings that they are."""
+    if isinstance(values, list):
+        return pl.Series("value", values, dtype=pl.String)
+    found = pl.Series("value", values.view(np.uint64) if dtype == pl.UInt64 else values)
+    return (found.cast(pl.Int32) if dtype == pl.Date else found).cast(dtype)
 
 
 def store_vocabulary(known: ValueVocabulary) -> dict[str, NDArray[Any]]:
@@ -271,9 +294,8 @@ def make_lookup(item: StoredVocabulary, arrays: Mapping[str, NDArray[Any]]) -> I
 
 def make_vocabulary(item: StoredVocabulary, arrays: Mapping[str, Any]) -> MappedVocabulary | ValueVocabulary:
     """A vocabulary of a file, or the edges of buckets."""
-    dtype = VALUE_TYPES[item.type]
     if item.type == "edges":
         edges = np.concatenate([[-np.inf], arrays[item.array("edges")]])
         ids = np.arange(1, len(edges) + 1, dtype=np.int32)
         return ValueVocabulary(item.name, pl.Series("value", edges), ids, np.zeros(len(edges), np.int64), 0, 0, 0)
-    return MappedVocabulary(item.name, dtype, item.size, item.missing_id, make_lookup(item, arrays))
+    return MappedVocabulary(item.name, VALUE_TYPES[item.type], item.size, item.missing_id, make_lookup(item, arrays))

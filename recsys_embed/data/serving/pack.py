@@ -10,16 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys_embed.data.columns import Label, Time, read_encoder
-from recsys_embed.data.columns.vocabulary import ValueVocabulary
+from recsys_embed.data.columns.vocabulary import TYPE_NAMES, ValueVocabulary
 from recsys_embed.data.loader import Dataset, open_dataset
-from recsys_embed.data.serving.lookups import VALUE_TYPES, IntegerIds, store_vocabulary
+from recsys_embed.data.serving.lookups import IntegerIds, store_vocabulary
 from recsys_embed.data.serving.stored import VERSION, Output, StoredEncoders, StoredVocabulary, as_arrays
 from recsys_embed.data.vocab import Vocabulary
 from recsys_embed.errors import ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.utils.types import JSON
-
-_NAMES = {str(dtype): name for name, dtype in VALUE_TYPES.items()}
 
 
 def pack_encoders(data: Dataset, output: Output | None = None) -> StoredEncoders:
@@ -87,7 +85,7 @@ def _item(number: int, name: str, kind: str, size: int, missing_id: int) -> JSON
 
 def _stored(number: int, known: ValueVocabulary, entry: Mapping[str, Any]) -> tuple[JSON, dict[str, NDArray[Any]]]:
     buckets = entry.get("buckets") is not None
-    kind = "edges" if buckets else _NAMES[str(known.dtype)]
+    kind = "edges" if buckets else TYPE_NAMES[str(known.dtype)]
     item = _item(number, known.name, kind, known.size, known.missing_id)
     parts = {"edges": known.values.to_numpy()[1:]} if buckets else store_vocabulary(known)
     return item, as_arrays(parts, StoredVocabulary(place="", **item))

@@ -9,7 +9,14 @@ from recsys_embed.data.serving.criteo_rows import CriteoEncoder
 from recsys_embed.data.serving.row_encoder import RowEncoder
 from recsys_embed.data.serving.stored import StoredEncoders
 from recsys_embed.data.serving.table_rows import TableEncoder
-from recsys_embed.data.sources.python_values import frame_of_rows, refuse_one_row
+from recsys_embed.data.sources.frames import FrameSource
+from recsys_embed.data.sources.python_values import (
+    frame_of_columns,
+    frame_of_rows,
+    holds_numbers,
+    numbers_as_texts,
+    refuse_one_row,
+)
 from recsys_embed.errors import ConfigError, DataError
 
 
@@ -36,6 +43,17 @@ def rows_of(rows: Any, encoder: RowEncoder) -> Any:
     """
     if isinstance(rows, Mapping):
         refuse_one_row(rows, encoder.nested, encoder.columns)
+        plain = {n: rows[n] for n in encoder.texts if type(rows.get(n)) in (list, tuple)}
+        found = {n: numbers_as_texts(v) for n, v in plain.items() if holds_numbers(v)}
+        return FrameSource(frame_of_columns({**rows, **found}), written=found) if found else rows
     if isinstance(rows, Sequence) and not isinstance(rows, str) and len(rows) and isinstance(rows[0], Mapping):
-        return frame_of_rows(rows, encoder.columns)
+        written = {}
+        if encoder.texts and all(isinstance(row, Mapping) for row in rows):
+            plain = {n: [row.get(n) for row in rows] for n in encoder.texts}
+            written = {n: numbers_as_texts(v) for n, v in plain.items() if holds_numbers(v)}
+        if not written:
+            return frame_of_rows(rows, encoder.columns)
+        texts = ({n: v[i] for n, v in written.items()} for i in range(len(rows)))
+        changed = ({**row, **more} for row, more in zip(rows, texts, strict=True))
+        return FrameSource(frame_of_rows(changed, encoder.columns), written=written)
     return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
@@ -12,6 +12,7 @@ import torch
 
 from recsys_embed.data.batch import Batch
 from recsys_embed.data.frame_inputs import dense_sources, frame_inputs
+from recsys_embed.data.manifest import vector_places
 from recsys_embed.data.serving.stored import StoredEncoders
 from recsys_embed.data.sources import Source
 from recsys_embed.data.sources.base import BadRow, Chunk
@@ -25,11 +26,13 @@ class EncodedRows:
         batch: the rows that could be encoded; labels are NaN.
         frame: their raw values.
         bad: the others.
+        counts: what their values needed, by column, see :class:`recsys_embed.data.columns.Encoded`.
     """
 
     batch: Batch
     frame: pl.DataFrame
     bad: tuple[BadRow, ...]
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class RowEncoder(ABC):
@@ -41,16 +44,19 @@ class RowEncoder(ABC):
     Attributes:
         columns: of the raw rows that are needed.
         nested: those whose every value is a list.
+        texts: those of which texts are known, which numbers are read as.
     """
 
     columns: tuple[str, ...]
     nested: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
     def __init__(self, stored: StoredEncoders) -> None:
         about = stored.about
         self.single = [f["name"] for f in about["features"] if f["form"] == "single"]
         self.lists = [f["name"] for f in about["features"] if f["form"] != "single"]
         self.dense = list(about.get("dense", ()))
+        self.vectors = vector_places(about.get("columns", ()), self.dense)
 
     @abstractmethod
     def open(self, table: Any, options: Mapping[str, Any] | None = None) -> Source:
@@ -68,4 +74,5 @@ class RowEncoder(ABC):
         """Encoded columns as a batch."""
         dense, ids, lists = frame_inputs(frame, dense_sources(self.dense), frame.select(self.single), self.lists)
         label = torch.full((rows,), torch.nan)
-        return Batch(dense, ids.long(), label, lists=None if lists is None else lists.long())
+        bags = None if lists is None else lists.long()
+        return Batch(dense, ids.long(), label, lists=bags, vector_places=self.vectors)

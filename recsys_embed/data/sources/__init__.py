@@ -14,13 +14,29 @@ from recsys_embed.data.sources.frames import frame_source
 from recsys_embed.data.sources.json_lines import JsonLines
 from recsys_embed.data.sources.libsvm import LibsvmFiles
 from recsys_embed.data.sources.parquet import ParquetFiles
+from recsys_embed.data.sources.text import TextFiles
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 
 READERS: tuple[Any, ...] = (ParquetFiles, CsvFiles, ArrowFiles, JsonLines, LibsvmFiles)
 """Readers of files: each has a ``format``, its ``endings``, and ``options_type``, the settings that the schema's
 ``[source]`` may hold, or None. It is called with the paths and, where there are some, these settings."""
 
-__all__ = ["READERS", "BadRow", "Chunk", "Source", "find_files", "join_options", "open_source"]
+__all__ = ["READERS", "BadRow", "Chunk", "Source", "find_files", "join_options", "open_like", "open_source"]
+
+
+def open_like(table: Any, former: Mapping[str, Any], given: Mapping[str, Any]) -> Source:
+    """A source over a table, read by the options of a former one but for those that are given.
+
+    Columns that only the former options name may be absent: the former table had its label, for instance.
+
+    Raises:
+        ConfigError: see :func:`open_source`.
+    """
+    source = open_source(table, join_options(former, given), known_only=not given)
+    if isinstance(source, TextFiles):
+        by_column = [key for key, value in former.items() if isinstance(value, Mapping)]
+        source.may_lack = frozenset(n for key in by_column for n in former[key] if n not in given.get(key, {}))
+    return source
 
 
 def open_source(table: Any, options: Mapping[str, Any] | None = None, *, known_only: bool = False) -> Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,6 +90,10 @@ class Source(ABC):
     def length(self, file: int) -> int:
         """Rows of a file, bad ones counted; by default all are read."""
         return max((chunk.stop for chunk in self.chunks(file, 0, 1 << 16)), default=0)
+
+    def held_besides(self, columns: Collection[str]) -> tuple[int, str]:
+        """Bytes that memory holds of some columns while any of their rows are read, and the file that needs most."""
+        return 0, ""
 
     def place(self, file: int, row: int) -> str:
         """Where a row is, for people: ``events.csv, line 7``."""

@@ -14,15 +14,13 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from recsys_embed.data.compressed_file import Reader
 from recsys_embed.data.sources.base import BadRow
+from recsys_embed.data.sources.csv_dialect import SEPARATORS, first_lines, is_value
 from recsys_embed.data.sources.csv_records import Records
 from recsys_embed.data.sources.text import (
-    SAMPLE_BYTES,
     SHOWN,
     Ends,
     TextFiles,
-    beginning,
     compressed,
     record,
     without,
@@ -40,8 +38,6 @@ from recsys_embed.data.sources.values import (
 from recsys_embed.errors import ConfigError, DataError, raise_faults
 from recsys_embed.utils.settings import Settings, param
 
-SEPARATORS = (",", "\t", ";", "|", "::")
-"""Separators that are recognised."""
 _ONE_BYTE = "\x1f"
 """Stands for a separator of several characters."""
 
@@ -140,14 +136,24 @@ class CsvFiles(TextFiles):
         return "\t" if ".tsv" in name else self._recognised(self.paths[0])
 
     def _recognised(self, path: Path) -> str:
-        lines = _first_lines(path)
-        counts = {s: {self._fields(line, s) for line in lines} for s in SEPARATORS}
-        even = {s: found.pop() for s, found in counts.items() if len(found) == 1}
-        best = max(even, key=lambda s: even[s], default=",")
-        return best if even.get(best, 1) > 1 else ","
+        even = self.even_fields(first_lines(path))
+        if not even:
+            return ","
+        named = [s for s, fields in even.items() if fields == len(self.options.names)]
+        best = named[0] if named else max(even, key=lambda s: even[s])
+        rivals = [s for s in even if even[s] == even[best]] if len(named) != 1 else []
+        if len(rivals) > 1:
+            raise ConfigError(
+                f"{path}: its first lines are {even[best]} fields each by {' and by '.join(map(repr, rivals))}; say "
+                f"which it is, `separator = {json.dumps(best)}` under [source], or --source separator={best!r}"
+            )
+        return best
 
-    def _fields(self, line: str, separator: str) -> int:
-        return len(self._split(line, separator))
+    def even_fields(self, lines: Sequence[str]) -> dict[str, int]:
+        """Separators that split each of some lines into as many fields, more than one, and how many."""
+        counts = {s: {len(self._split(line, s)) for line in lines} for s in SEPARATORS}
+        even = {s: found.pop() for s, found in counts.items() if len(found) == 1}
+        return {s: fields for s, fields in even.items() if fields > 1}
 
     def _split(self, line: str, separator: str) -> list[str]:
         one = separator if len(separator) == 1 else _ONE_BYTE
@@ -160,6 +166,11 @@ class CsvFiles(TextFiles):
             raise DataError(
                 f"{self.paths[0]}: the first lines are no CSV ({e}); is it text, whose lines end with a newline?"
             ) from e
+
+    @cached_property
+    def utf8(self) -> bool:
+        """Whether the files' encoding is UTF-8."""
+        return codecs.lookup(self.options.encoding).name == "utf-8"
 
     @cached_property
     def _replaced(self) -> bool:
@@ -185,6 +196,11 @@ class CsvFiles(TextFiles):
     def head(self, file: int) -> int:
         return self._header(file)[1]
 
+    def first_fields(self, file: int, separator: str | None = None) -> list[str]:
+        """The fields of a file's first line."""
+        line = next(iter(first_lines(self.paths[file], self.options.encoding)), "")
+        return self._split(line, self.separator if separator is None else separator)
+
     def names(self, file: int) -> list[str]:
         """Columns of a file in order."""
         return self._header(file)[0]
@@ -196,18 +212,22 @@ class CsvFiles(TextFiles):
 
     def _read_header(self, file: int) -> tuple[list[str], int]:
         path, options = self.paths[file], self.options
-        first = self._split(next(iter(_first_lines(path, options.encoding)), ""), self.separator)
+        first = self.first_fields(file)
         if not first:
             raise DataError(f"{path}: the file is empty; leave it out")
         header = options.header
         if header is None:
-            header = not options.names and not any(_is_value(cell) for cell in first)
+            header = not options.names and not any(is_value(cell) for cell in first)
         names = list(options.names)
         if names and len(names) != len(first):
+            others = [s for s, n in self.even_fields(first_lines(path, options.encoding)).items() if n == len(names)]
+            way = f"; by {others[0]!r} it has as many: --source separator={others[0]!r}" if others else ""
             raise ConfigError(
                 f"{path}: `names` has {len(names)} columns; the first line has {len(first)}, separated by "
-                f"{self.separator!r}"
+                f"{self.separator!r}{way}"
             )
+        if names and not header and [cell.strip() for cell in first] == names:
+            raise ConfigError(f"{path}: the first line holds the names of the columns: --source header=true")
         if header and not names:
             names = [cell.strip() for cell in first]
             twice = sorted({n for n in names if names.count(n) > 1})
@@ -235,7 +255,7 @@ class CsvFiles(TextFiles):
         return pl.List(pl.String()) if found is None and a.is_nested() and b.is_nested() else found
 
     def finish_types(self, types: dict[str, pl.DataType]) -> dict[str, pl.DataType]:
-        absent = [f"`lists` names {n!r}, which is no column" for n in self.options.lists if n not in types]
+        absent = [f"`lists` names {n!r}, which is no column" for n in self.options.lists if self._lacks(n, types)]
         raise_faults(absent, f"the columns of {self.files[0]} are {', '.join(types)}")
         return super().finish_types(types)
 
@@ -312,7 +332,6 @@ class CsvFiles(TextFiles):
 
     def _recode(self, file: int, data: bytes, ends: Ends, first: int) -> tuple[bytes, Ends, list[BadRow]]:
         """Records as UTF-8 with a separator of one byte; those that are not in the encoding apart."""
-        utf8 = codecs.lookup(self.options.encoding).name == "utf-8"
         if data.isascii() and not self._replaced:
             return data, ends, []
         bad: list[BadRow] = []
@@ -330,7 +349,7 @@ class CsvFiles(TextFiles):
                     wrong[i] = True
             data, ends = without(data, ends, wrong)
             text = data.decode(self.options.encoding)
-        if utf8 and not self._replaced:
+        if self.utf8 and not self._replaced:
             return data, ends, bad
         if self._replaced:
             if _ONE_BYTE in text:
@@ -366,19 +385,3 @@ def _misfit(name: str, dtype: pl.DataType, source: TextFiles, text: str) -> str:
         f"not {article} {type_name(dtype)}, as the first rows of the table are; say what it is: "
         f'`types = {{ "{name}" = "{other}" }}` under [source]'
     )
-
-
-def _first_lines(path: Path, encoding: str = "utf-8", most: int = 20) -> list[str]:
-    """The first lines that hold something."""
-    with Reader(path) as reader:
-        data = reader.read(SAMPLE_BYTES)
-        whole = len(data) < SAMPLE_BYTES
-    text = beginning(path, data).decode(encoding, errors="replace")
-    lines = text.split("\n")
-    lines = lines if whole or len(lines) == 1 else lines[:-1]
-    return [line.rstrip("\r") for line in lines if line.strip("\r")][:most]
-
-
-def _is_value(cell: str) -> bool:
-    """Whether a field of a first line is no name."""
-    return not cell.strip() or infer_type(pl.Series([cell])) in (pl.Int64, pl.UInt64, pl.Float64)

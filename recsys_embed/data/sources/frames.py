@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +15,7 @@ from recsys_embed.data.folder import file_hash, write_file
 from recsys_embed.data.sources.base import Chunk, Source, want_columns
 from recsys_embed.data.sources.parquet import ParquetFiles
 from recsys_embed.data.sources.python_values import frame_of_columns
-from recsys_embed.errors import ConfigError, DataError
+from recsys_embed.errors import ConfigError, DataError, raise_faults
 from recsys_embed.utils.types import JSON
 
 _ROWS = 1 << 16
@@ -24,13 +24,18 @@ _ROWS = 1 << 16
 class FrameSource(Source):
     """A polars frame.
 
+    Args:
+        frame: the rows.
+        name: for messages.
+        written: columns of texts that were given as numbers.
+
     >>> source = FrameSource(pl.DataFrame({"item": [7, 8, 9]}))
     >>> [chunk.frame["item"].to_list() for chunk in source.chunks(0, 0, 2)]
     [[7, 8], [9]]
     """
 
-    def __init__(self, frame: pl.DataFrame, name: str = "the frame") -> None:
-        self.frame = frame
+    def __init__(self, frame: pl.DataFrame, name: str = "the frame", written: Collection[str] = ()) -> None:
+        self.frame, self.written = frame, frozenset(written)
         self.files = (name,)
 
     @cached_property
@@ -113,21 +118,48 @@ def frame_source(table: Any) -> Source | None:
     """A source over a table in memory; None where it is none.
 
     Raises:
-        ConfigError: a pandas frame that polars cannot take over.
+        ConfigError: a pandas frame that polars cannot take over, with the columns.
     """
     if isinstance(table, pl.LazyFrame):
         return LazySource(table)
     if isinstance(table, pl.DataFrame):
         return FrameSource(table)
     if type(table).__module__.partition(".")[0] == "pandas":
-        try:
-            return FrameSource(pl.from_pandas(table))
-        except (ImportError, TypeError, ValueError, pl.exceptions.PolarsError) as e:
-            raise ConfigError(
-                f"the pandas frame cannot be taken over ({e}): give each column one type, or write it to Parquet"
-            ) from e
+        return FrameSource(_of_pandas(table))
     if isinstance(table, Mapping) and table:
         return FrameSource(frame_of_columns(table))
     if hasattr(table, "__arrow_c_stream__"):
         return FrameSource(pl.DataFrame(table))
+    return None
+
+
+def _of_pandas(table: Any) -> pl.DataFrame:
+    """A pandas frame, with the levels of its index that have a name, as ``to_parquet`` of pandas writes them."""
+    repeated = sorted({str(n) for n in table.columns if list(table.columns).count(n) > 1})
+    if repeated:
+        raise ConfigError(f"the pandas frame has several columns {', '.join(map(repr, repeated))}: rename them")
+    levels = [name for name in table.index.names if name is not None and name not in table.columns]
+    if levels:
+        table = table.copy(deep=False)
+        for name in levels:
+            # `reset_index` would make floats of objects that are integers and None.
+            table[name] = table.index.get_level_values(name).array
+    sparse = {name: dtype.subtype for name, dtype in table.dtypes.items() if hasattr(dtype, "fill_value")}
+    table = table.astype(sparse) if sparse else table
+    try:
+        return pl.from_pandas(table)
+    except ImportError as e:
+        raise ConfigError(f"polars needs pyarrow to take over a pandas frame ({e}): pip install pyarrow") from e
+    except (TypeError, ValueError, pl.exceptions.PolarsError) as e:
+        faults = [f"column {name!r}: {why}" for name in table.columns if (why := _refused(table[[name]]))]
+        raise_faults(faults or [str(e)], "the pandas frame; give each column values of one type")
+        raise
+
+
+def _refused(table: Any) -> str | None:
+    """Why polars cannot take over a frame of one column, or None."""
+    try:
+        pl.from_pandas(table)
+    except (TypeError, ValueError, pl.exceptions.PolarsError) as e:
+        return str(e).splitlines()[0]
     return None

@@ -20,6 +20,8 @@ from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.utils.settings import Settings
 from recsys_embed.utils.types import JSON
 
+_NESTED = r"^[\[{]"
+
 
 @dataclass(frozen=True)
 class JsonOptions(Settings):
@@ -99,11 +101,16 @@ class JsonLines(TextFiles):
     ) -> tuple[pl.DataFrame, list[BadRow]]:
         schema = {c: self.types[c] for c in columns}
         made = _read(data, schema)
-        if made is not None and len(made) == len(ends):
-            return made, []
         wrong = np.zeros(len(ends), bool)
-        for i in _misfits(data, ends, schema, 0, len(ends)):
-            wrong[i] = True
+        if made is not None and len(made) == len(ends):
+            # Polars writes a list or an object down as the text of a column of texts.
+            for i in _nested_texts(made, data, ends):
+                wrong[i] = True
+            if not wrong.any():
+                return made, []
+        else:
+            for i in _misfits(data, ends, schema, 0, len(ends)):
+                wrong[i] = True
         bad = [self._explain(file, first + i, record(data, ends, i), schema) for i in np.flatnonzero(wrong).tolist()]
         data, ends = without(data, ends, wrong)
         made = _read(data, schema) if len(ends) else pl.DataFrame(schema=schema)
@@ -118,7 +125,7 @@ class JsonLines(TextFiles):
             return BadRow(file, row, "", why, shown)
         value = json.loads(line)
         for name, dtype in schema.items():
-            if _read(line + b"\n", {name: dtype}) is None:
+            if _read(line + b"\n", {name: dtype}) is None or _nested(value.get(name), dtype):
                 if name in self.declared:
                     return BadRow(file, row, name, f"not {dtype}, as `types` says", str(value.get(name))[:SHOWN])
                 if name in self.assumed:
@@ -158,6 +165,27 @@ def _misfits(data: bytes, ends: Ends, schema: Mapping[str, pl.DataType], low: in
         return [low]
     middle = (low + high) // 2
     return _misfits(data, ends, schema, low, middle) + _misfits(data, ends, schema, middle, high)
+
+
+def _nested_texts(frame: pl.DataFrame, data: bytes, ends: Ends) -> list[int]:
+    """Lines that have a list or an object where texts are wanted."""
+    texts = [pl.col(n) for n, t in frame.schema.items() if t == pl.String]
+    lists = [pl.col(n) for n, t in frame.schema.items() if t == pl.List(pl.String)]
+    if not texts and not lists:
+        return []
+    # What may be one; a text may begin so as well.
+    found = [c.str.contains(_NESTED).fill_null(False) for c in texts]
+    found += [c.list.eval(pl.element().str.contains(_NESTED)).list.any().fill_null(False) for c in lists]
+    rows = frame.select(pl.any_horizontal(found)).to_series().arg_true().to_list()
+    values = ((i, json.loads(record(data, ends, i))) for i in rows)
+    return [i for i, value in values if any(_nested(value.get(n), t) for n, t in frame.schema.items())]
+
+
+def _nested(value: Any, dtype: pl.DataType) -> bool:
+    """Whether a value is a list or an object where a type has texts."""
+    if dtype == pl.List(pl.String) and isinstance(value, list):
+        return any(isinstance(v, list | dict) for v in value)
+    return dtype == pl.String and isinstance(value, list | dict)
 
 
 def _object(line: bytes) -> JSON | None:

@@ -62,6 +62,8 @@ def read_as_learned(source: Source, encoders: Iterable[Encoder]) -> None:
         if dtype is None:
             continue
         narrow = encoder.column.takes_floats and (dtype.is_integer() or encoder.column.source in source.empty)
+        if isinstance(encoder, VocabularyEncoder):
+            narrow = encoder.writes_numbers(dtype)
         found = (
             _text_type(encoder, dtype, isinstance(source, CsvFiles))
             if narrow or encoder.refuse(dtype) is not None
@@ -80,8 +82,12 @@ def _text_type(encoder: Encoder, dtype: pl.DataType, csv: bool) -> pl.DataType |
         return pl.Float64()
     plain = (pl.String(), pl.Int64(), pl.UInt64(), pl.Boolean())
     if isinstance(dtype, pl.List):
-        # CSV reads lists as lists of any type; JSON says of which they are.
-        return pl.List(encoder.dtype) if csv and isinstance(encoder, VocabularyEncoder) else None
+        # CSV reads lists as lists of any type; JSON says of which they are, and writes numbers as texts.
+        if isinstance(encoder, VocabularyEncoder) and (csv or encoder.writes_numbers(dtype)):
+            return pl.List(encoder.dtype)
+        return None
+    if dtype == pl.Boolean and not csv:
+        return None
     if isinstance(encoder.column, ListSettings):
         return None if encoder.column.separator is None else pl.String()
     if isinstance(encoder, VocabularyEncoder) and encoder.dtype in plain:

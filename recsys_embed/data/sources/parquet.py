@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +11,11 @@ from urllib.parse import unquote
 
 import polars as pl
 
-from recsys_embed.data.sources.scanned import ScannedFiles
+from recsys_embed.data.sources.parquet_footer import column_bytes
+from recsys_embed.data.sources.scanned import ScannedFiles, readable
 
+_SMALL = 32 << 20
+"""Bytes of a file whose row groups are not looked at."""
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -42,6 +45,21 @@ class ParquetFiles(ScannedFiles):
 
     def own_types(self, path: Path) -> Mapping[str, pl.DataType]:
         return pl.read_parquet_schema(path)
+
+    @cached_property
+    def _row_groups(self) -> list[tuple[str, dict[str, int]]]:
+        """The columns' bytes of each row group of files that are not small."""
+        found = []
+        for path in self.paths:
+            with readable(path):
+                large = path.stat().st_size > _SMALL
+                found += [(str(path), group) for group in column_bytes(path)] if large else []
+        return found
+
+    def held_besides(self, columns: Collection[str]) -> tuple[int, str]:
+        # Of a row group polars reads the columns whole as they are stored, and decodes the rows that are asked for.
+        held = ((sum(group.get(c, 0) for c in columns), path) for path, group in self._row_groups)
+        return max(held, default=(0, ""))
 
     def file_types(self, file: int) -> Mapping[str, pl.DataType]:
         own = super().file_types(file)

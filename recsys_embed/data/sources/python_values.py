@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from recsys_embed.data.columns.vocabulary import MAX_WHOLE, number_texts
 from recsys_embed.errors import ConfigError, DataError, raise_faults
 
 _LISTS = (list, tuple, np.ndarray, pl.Series)
 _FLOATS = (float, np.floating)
+_PLAIN_NUMBERS = (int, float, np.integer, np.floating)
 WRAP = "give a list of rows, [row], or columns of equal length"
 
 
@@ -62,6 +64,35 @@ def frame_of_columns(columns: Mapping[str, Any]) -> pl.DataFrame:
         if isinstance(e, DataError):
             raise
         raise ConfigError(f"the columns are no table ({e})") from e
+
+
+def holds_numbers(values: Sequence[Any]) -> bool:
+    """Whether some values, or values of lists, are numbers.
+
+    >>> holds_numbers(["ann", None, 7]), holds_numbers([["a"], [1.5]]), holds_numbers(["ann", True])
+    (True, True, False)
+    """
+    found = set(map(type, values))
+    if any(issubclass(t, list | tuple) for t in found):
+        found |= set(map(type, chain.from_iterable(v for v in values if isinstance(v, list | tuple))))
+    return any(issubclass(t, _PLAIN_NUMBERS) and t is not bool for t in found)
+
+
+def numbers_as_texts(values: Sequence[Any]) -> list[Any]:
+    """Values with numbers as their decimals, in lists too.
+
+    >>> numbers_as_texts(["ann", 7, 2.5, None]), numbers_as_texts([["a", 1], [2.0]])
+    (['ann', '7', '2.5', None], [['a', '1'], ['2']])
+    """
+    return [[_as_text(x) for x in v] if isinstance(v, list | tuple) else _as_text(v) for v in values]
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, _PLAIN_NUMBERS):
+        return value
+    if isinstance(value, int | np.integer):
+        return str(int(value))
+    return number_texts(pl.Series([float(value)]))[0] if np.isfinite(value) else value
 
 
 def refuse_one_row(columns: Mapping[str, Any], nested: Collection[str], used: Collection[str]) -> None:
@@ -118,6 +149,13 @@ def _checked(values: Sequence[Any]) -> tuple[list[Any], str | None]:
         known = {type(v) for v in held if not _is_nan(v)}
         if not any(issubclass(t, _FLOATS) for t in known):
             held = [None if _is_nan(v) else v for v in held]
+        else:
+            lost = next((r for r, v in enumerate(held) if _is_wide(v)), None)
+            if lost is not None:
+                return (
+                    held,
+                    f"row {lost + 1} has the integer {held[lost]}, which no float holds, and others have floats",
+                )
     fault = _mixed(held, range(len(held)))
     if fault is None and any(isinstance(v, list | tuple) for v in held):
         lists = [v if isinstance(v, list | tuple) else () for v in held]
@@ -143,6 +181,11 @@ def _mixed(values: Sequence[Any], rows: Iterable[int]) -> str | None:
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, _FLOATS) and value != value
+
+
+def _is_wide(value: Any) -> bool:
+    """Whether a value is an integer that a float may not hold."""
+    return isinstance(value, int | np.integer) and abs(int(value)) > MAX_WHOLE
 
 
 def _kind(value: Any) -> str:

@@ -74,5 +74,5 @@ def readable(path: Path) -> Iterator[None]:
     """Tell which file could not be read."""
     try:
         yield
-    except (OSError, pl.exceptions.PolarsError) as e:
+    except (OSError, ValueError, pl.exceptions.PolarsError) as e:
         raise unreadable(path, e) from e

@@ -50,6 +50,9 @@ class TextFiles(Source):
     Args:
         paths: the files in order; compression is recognised by content.
         types: types of columns by name, each of :data:`recsys_embed.data.sources.values.TYPES`.
+
+    Attributes:
+        may_lack: columns that options name and that need not be there: those of other files' options.
     """
 
     seekable: ClassVar[bool] = False
@@ -58,7 +61,9 @@ class TextFiles(Source):
         self.paths = tuple(paths)
         self.files = tuple(map(str, paths))
         self.declared = {name: TYPES[t] for name, t in types.items()}
+        self.may_lack: frozenset[str] = frozenset()
         self._assumed: dict[str, pl.DataType] = {}
+        self._inferred: dict[int, dict[str, pl.DataType]] = {}
         self.empty: set[str] = set()
         self.by_learned = False
         self._uneven: set[int] = set()
@@ -136,19 +141,24 @@ class TextFiles(Source):
         return without(data, ends, blank)
 
     def file_types(self, file: int) -> Mapping[str, pl.DataType]:
-        data, ends = next(self.blocks(file, SAMPLE_BYTES), (b"", np.zeros(0, np.int64)))
-        found = dict(self.infer(file, data, ends))
-        return {name: self.declared.get(name, dtype) for name, dtype in found.items()}
+        if file not in self._inferred:
+            data, ends = next(self.blocks(file, SAMPLE_BYTES), (b"", np.zeros(0, np.int64)))
+            self._inferred[file] = dict(self.infer(file, data, ends))
+        return {name: self.declared.get(name, dtype) for name, dtype in self._inferred[file].items()}
 
     def joint(self, a: pl.DataType, b: pl.DataType) -> pl.DataType | None:
         # Values that files spell in several ways are texts in all of them.
         return joint_type(a, b) or (pl.String() if a.is_nested() == b.is_nested() is False else None)
 
     def finish_types(self, types: dict[str, pl.DataType]) -> dict[str, pl.DataType]:
-        absent = [f"`types` names {n!r}, which is no column" for n in self.declared if n not in types]
+        absent = [f"`types` names {n!r}, which is no column" for n in self.declared if self._lacks(n, types)]
         raise_faults(absent, f"the columns of {self.files[0]} are {', '.join(types)}")
         self.empty = {n for n, t in types.items() if t == pl.Null}
         return {n: self._assumed.get(n) or _known(t) for n, t in types.items()}
+
+    def _lacks(self, name: str, types: Mapping[str, pl.DataType]) -> bool:
+        """Whether options name a column that is not there and should be."""
+        return name not in types and name not in self.may_lack
 
     def number_counts(self, columns: Sequence[str]) -> dict[str, NumberCount]:
         """Of those of some columns that are strings, how many values of the first records of all files are numbers.

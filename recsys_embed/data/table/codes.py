@@ -18,7 +18,7 @@ from recsys_embed.data.table.rows import Part, TableRows
 from recsys_embed.data.table.split import TableSplit, TimeBounds, last_codes, time_bounds
 
 _USER_BYTES = 400
-"""Measured peak bytes per user of leave-last-out."""
+"""Measured peak bytes per user of leave-one-out."""
 
 
 class SplitCodes:
@@ -61,7 +61,7 @@ class SplitCodes:
             found.update(dict(zip(codes.tolist(), sizes.tolist(), strict=True)))
         return found
 
-    # -- leave-last-out ----------------------------------------------------------------------------------------------
+    # -- leave-one-out ----------------------------------------------------------------------------------------------
 
     @property
     def _path(self) -> Path:

@@ -13,14 +13,23 @@ from pathlib import Path
 
 import polars as pl
 
-from recsys_embed.data.columns import Column, Encoder, Vector, read_encoder
+from recsys_embed.data.columns import Column, Encoder, Vector, Weight, read_encoder
+from recsys_embed.data.columns.categorical import all_unknown
 from recsys_embed.data.columns.vector import first_width
 from recsys_embed.data.conversion import ConvertReport, OnBadRow, Progress, check_target, finished, no_progress
 from recsys_embed.data.folder import WORK_DIR, lock
 from recsys_embed.data.manifest import Manifest, read_manifest
-from recsys_embed.data.publish import publish
-from recsys_embed.data.sources import Source, join_options, open_source
+from recsys_embed.data.publish import BuiltDataset, publish
+from recsys_embed.data.sources import Source, join_options, open_like, open_source
+from recsys_embed.data.sources.learned_spelling import (
+    check_spelling,
+    distinct_texts,
+    first_rows,
+    list_separator,
+    other_separator,
+)
 from recsys_embed.data.sources.learned_types import read_as_learned, read_floats
+from recsys_embed.data.sources.other_dialect import check_dialect
 from recsys_embed.data.sources.text import TextFiles
 from recsys_embed.data.splits import TRAIN
 from recsys_embed.data.stats import read_stats
@@ -81,14 +90,15 @@ def convert_table(
     how = TableOptions(on_bad_row=on_bad_row, max_memory=max_memory, workers=workers)
     out = Path(out)
     made, donor = _schema(schema, like, split)
-    if options:
-        made = made.replace(source=join_options(made.source, options))
-    found = open_source(source, made.source, known_only=donor is not None and not options)
+    former, made = made.source, made.replace(source=join_options(made.source, options or {}))
+    found = open_source(source, made.source) if donor is None else open_like(source, former, options or {})
     check_target(out)
     _keep_apart(out, like, found)
     with lock(out):
         work = out / WORK_DIR
         table = found.stage(work)
+        needed = [c.source for c in made.used if donor is None or not _may_lack(c)]
+        check_dialect(table, needed, made.source if donor is None else options or {})
         encoders: dict[str, Encoder] = {}
         if donor is not None and like is not None:
             encoders = _encoders(donor, Path(like), made.used)
@@ -98,23 +108,20 @@ def convert_table(
             encoders = {c.name: encoders[c.name] for c in kept}
         elif isinstance(table, TextFiles):
             read_floats(table, made.used)
-        made.check_types(table.types)
+        made.check_types(table.types, kinds=not encoders)
         if encoders:
             _check_learned(encoders, table.types, Path(str(like)))
+            check_spelling(table, encoders.values(), options or {})
             columns = tuple(e.column for e in encoders.values())
         else:
             columns = tuple(_with_width(c, table) if isinstance(c, Vector) else c for c in made.used)
-        settings: JSON = {"schema": made.to_dict(), "on_bad_row": on_bad_row}
-        if donor is not None:
-            settings["like"] = donor.fingerprint
-        record: JSON = {"settings": settings, "inputs": table.inputs, "extra": extra or {}}
-        record = json.loads(json.dumps(record, default=str))
+        record = _record(made, donor, on_bad_row, table, extra)
         done = finished(out, record, overwrite)
         if done is not None:
             shutil.rmtree(work, ignore_errors=True)
             return done
         notices: list[str] = []
-        rows = TableRows(work, table, made, columns, how, record, notices)
+        rows = TableRows(work, table, made, columns, how, record, notices, encoders)
         rows.scan(progress)
         if not rows.total:
             bad = [rows.bad_path(p.index) for p in rows.parts if p.bad]
@@ -129,8 +136,8 @@ def convert_table(
             check_codes(counts, made.split, any(c.learns for c in columns) and not counts.get(TRAIN))
             learned = learn_columns(rows, codes, progress)
         built = write_table(rows, codes, learned, record, progress)
+        notices += _unknown(built, donor) if donor else _remarks(made, built) + _odd_separators(table, made)
         publish(out, built)
-    notices += _remarks(made, built.manifest, donor is not None)
     return ConvertReport(
         out, {name: s.rows for name, s in built.manifest.splits.items()}, rows.bad, False, tuple(notices)
     )
@@ -149,10 +156,20 @@ def _keep_apart(out: Path, like: str | Path | None, source: Source) -> None:
     raise_faults(faults, f"{out} is to be written; choose another folder")
 
 
-def _remarks(schema: TableSchema, manifest: Manifest, like: bool) -> list[str]:
+def _record(
+    schema: TableSchema, donor: Manifest | None, on_bad_row: OnBadRow, table: Source, extra: JSON | None
+) -> JSON:
+    """Settings and inputs as JSON, to recognise a repeated conversion."""
+    settings: JSON = {"schema": schema.to_dict(), "on_bad_row": on_bad_row}
+    if donor is not None:
+        settings["like"] = donor.fingerprint
+    record: JSON = {"settings": settings, "inputs": table.inputs, "extra": extra or {}}
+    return dict(json.loads(json.dumps(record, default=str)))
+
+
+def _remarks(schema: TableSchema, built: BuiltDataset) -> list[str]:
     """What a person should know of a folder that was made."""
-    if like:
-        return []
+    manifest = built.manifest
     found = [
         f"no row is in split {name!r}, of which {schema.split.kind!r} had too few"
         for name in schema.split.wanted
@@ -162,6 +179,36 @@ def _remarks(schema: TableSchema, manifest: Manifest, like: bool) -> list[str]:
     if train is not None and train.positives in (0, train.rows):
         value = 0 if train.positives == 0 else 1
         found.append(f"every label of the training rows is {value}, of which nothing can be learned")
+    counts = [built.stats["columns"][c.name].get("zero", {}) for c in schema.used if isinstance(c, Weight)]
+    if train is not None and train.rows in [zeros.get("train") for zeros in counts]:
+        found.append("the weight of every training row is 0, of which nothing can be learned: training refuses them")
+    return found
+
+
+def _unknown(built: BuiltDataset, donor: Manifest) -> list[str]:
+    """Columns of which another folder knows no value."""
+    rows = sum(split.rows for split in built.manifest.splits.values())
+    totals = {
+        name: {what: sum(n.values()) for what, n in some.items()} for name, some in built.stats["columns"].items()
+    }
+    names = [name for name, counts in totals.items() if all_unknown(counts, rows)]
+    return (
+        [f"no value of {', '.join(map(repr, names))} is known: is it written as in the other folder?"] if names else []
+    )
+
+
+def _odd_separators(table: Source, schema: TableSchema) -> list[str]:
+    """Lists as text in which the first rows never have the separator, and mostly another one."""
+    found = []
+    for column in schema.used:
+        separator = list_separator(table, column)
+        if separator is not None:
+            other = other_separator(distinct_texts(first_rows(table, 0, [column.source])[column.source]), separator)
+            if other is not None:
+                found.append(
+                    f"column {column.source!r}: no value of the first rows holds the separator {separator!r}, and most "
+                    f"hold {other!r}"
+                )
     return found
 
 

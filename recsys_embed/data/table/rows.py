@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from recsys_embed.data.columns import Column, Fault
+from recsys_embed.core.footprint import format_bytes
+from recsys_embed.data.columns import Column, Encoder, Fault
 from recsys_embed.data.conversion import MIN_MEMORY, PROCESS, OnBadRow, Progress, different
 from recsys_embed.data.folder import boot_id, write_bytes, write_file, write_json
 from recsys_embed.data.sources.bad_rows import bad_row_line, bad_rows_error, find_bad_rows
@@ -25,7 +26,7 @@ from recsys_embed.data.sources.base import Chunk, Source
 from recsys_embed.data.splits import SplitRule
 from recsys_embed.data.table.schema import TableSchema
 from recsys_embed.data.table.split import OUT
-from recsys_embed.errors import DataError
+from recsys_embed.errors import ConfigError, DataError
 from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.types import JSON
 
@@ -56,6 +57,23 @@ class TableOptions(Settings):
         """Parts that are in memory at the same time."""
         return self.workers or min(4, os.cpu_count() or 1)
 
+    def readers(self, source: Source, columns: Collection[str]) -> int:
+        """Parts that may be read at the same time, by what memory holds of a whole row group of some columns.
+
+        Raises:
+            ConfigError: there is no room for one; says how to make it.
+        """
+        held, file = source.held_besides(columns)
+        room = self.max_memory - PROCESS
+        if held > room:
+            need = (PROCESS + 2 * held >> 20) + 1
+            raise ConfigError(
+                f"{file}: a row group holds {format_bytes(held)} of the columns that are read, for which --max-memory "
+                f"{format_bytes(self.max_memory)} has no room: give --max-memory {need}MiB, or write smaller row "
+                "groups: polars.scan_parquet(file).sink_parquet(other, row_group_size=100_000)"
+            )
+        return max(1, min(self.threads, room // 2 // held)) if held else self.threads
+
     def part_rows(self, row_bytes: float) -> int:
         """Rows of a part under the memory bound."""
         rows = (self.max_memory - PROCESS) // (_PEAK * (self.threads + 1)) / max(1.0, row_bytes)
@@ -85,6 +103,7 @@ class TableRows:
         options: settings.
         record: settings and inputs as JSON, to recognise an earlier run.
         notices: filled with remarks for the user.
+        encoders: of the columns by name, where another folder learned them.
     """
 
     def __init__(
@@ -96,9 +115,17 @@ class TableRows:
         options: TableOptions,
         record: JSON,
         notices: list[str],
+        encoders: Mapping[str, Encoder] | None = None,
     ) -> None:
         self.work, self.source, self.schema, self.options = work, source, schema, options
         self.columns = tuple(columns)
+        # What says whether a column's values can be used.
+        self._checks: list[tuple[str, Column | Encoder]] = [
+            (c.source, (encoders or {}).get(c.name, c)) for c in columns
+        ]
+        # Steps read all columns together, or one after the other.
+        self.readers = options.readers(source, self._all)
+        self.column_readers = min(options.readers(source, [name]) for name in self._all)
         sample = source.sample(_SAMPLE_ROWS).select(self._all)
         row_bytes = sample.estimated_size() / max(1, len(sample)) + 4 * len(self._all)
         self.part_rows = options.part_rows(row_bytes)
@@ -130,7 +157,7 @@ class TableRows:
     @cached_property
     def _checked(self) -> list[str]:
         types = self.source.types
-        names = [c.source for c in self.columns if c.checks(types[c.source])]
+        names = [name for name, column in self._checks if column.checks(types[name])]
         if self.schema.split.kind == "column":
             names += self.schema.split.columns
         if self.schema.split.needs_time and self.schema.event_time is not None:
@@ -160,8 +187,8 @@ class TableRows:
         whole = sum(rows for _, _, rows in planned) if planned is not None else 0
         if planned is not None:
             jobs = planned[len(self.parts) :]
-            with ThreadPoolExecutor(self.options.threads) as pool:
-                for part in in_order(pool, self._scan_planned, jobs, self.options.threads, len(self.parts)):
+            with ThreadPoolExecutor(self.readers) as pool:
+                for part in in_order(pool, self._scan_planned, jobs, self.readers, len(self.parts)):
                     self.parts.append(part)
                     progress("read", self._scanned, whole, self._scanned)
             return
@@ -223,9 +250,9 @@ class TableRows:
         return part
 
     def _faults(self, frame: pl.DataFrame) -> Iterator[tuple[str, Fault]]:
-        for column in self.columns:
-            if column.source in frame.columns and column.checks(self.source.types[column.source]):
-                yield from ((column.source, fault) for fault in column.faults(frame[column.source]))
+        for name, column in self._checks:
+            if name in frame.columns and column.checks(self.source.types[name]):
+                yield from ((name, fault) for fault in column.faults(frame[name]))
         split = self.schema.split
         if split.kind == "column":
             out = split.column_codes(frame[split.columns[0]]) == OUT

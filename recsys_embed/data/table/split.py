@@ -38,7 +38,7 @@ class TableSplit(Settings):
         kind: ``"order"``, ``"random"``, ``"file"`` and ``"all"`` as :class:`recsys_embed.data.SplitRule` has them;
             ``"time"``: the latest rows test, those before them validate, and rows of one time are in one split;
             ``"column"``: a column says it; ``"last"``: of each user the last row tests and the one before it validates
-            (leave-last-out), all others train, as do all rows of users that have fewer than three.
+            (leave-one-out), all others train, as do all rows of users that have fewer than three.
         valid, test: shares of rows, for order, random and time.
         seed: of the random split.
         valid_files, test_files: glob patterns on a file's name or path.
@@ -265,7 +265,7 @@ def nth_smallest(chunks: Any, n: int) -> int:
 def last_codes(
     parts: Iterable[tuple[pl.Series, NDArray[np.int64] | None, int]], max_users: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
-    """Rows that do not train under leave-last-out, and their codes.
+    """Rows that do not train under leave-one-out, and their codes.
 
     Args:
         parts: users, times (None: the order of the rows) and the number of the first row, part by part.

@@ -47,8 +47,8 @@ def write_table(rows: TableRows, codes: SplitCodes, learned: Learned, record: JS
         return _part_shards(rows, codes, learned, *job)
 
     jobs = list(rows.firsts())
-    with ThreadPoolExecutor(rows.options.threads) as pool:
-        for (part, _), found in zip(jobs, in_order(pool, write, jobs, rows.options.threads), strict=True):
+    with ThreadPoolExecutor(rows.column_readers) as pool:
+        for (part, _), found in zip(jobs, in_order(pool, write, jobs, rows.column_readers), strict=True):
             pieces += found
             done += part.good
             progress("write", done, rows.total, done)

@@ -138,9 +138,9 @@ def list_shared_once(storages: Sequence[TableStorage]) -> list[TableStorage]:
 def array_of(table: Table, program: LookupProgram, itemsize: int, parameter: Any, trained: bool) -> ArrayStorage:
     """One table of a program, stored in ``parameter`` (None: not yet built)."""
     role: ArrayRole = "dense" if table.dense else "table"
-    reads, precision = reads_of(program, table.name), "fp32" if table.dense else table.precision
+    reads = reads_of(program, table.name)
     return ArrayStorage(
-        table.name, table.rows, table.width, itemsize, role, reads, parameter, trained, precision=precision
+        table.name, table.rows, table.width, itemsize, role, reads, parameter, trained, precision=table.precision
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.features import Schema
 from recsys_embed.models import get_model
 from recsys_embed.planning.planner import plan_for_budget
-from recsys_embed.search.checks import need_logloss, need_validation
+from recsys_embed.search.checks import need_validation
 from recsys_embed.search.retrain import planned
 from recsys_embed.search.studies.samplers import make_sampler
 from recsys_embed.search.studies.settings import StudySettings
@@ -24,6 +25,7 @@ from recsys_embed.search.studies.trial import without_test
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.inputs import check_data, check_rows, fingerprint, schema_of
 from recsys_embed.train.plans import linear_share, plans_for
+from recsys_embed.train.quality import quality_of
 
 
 class StudyDefinition:
@@ -43,10 +45,10 @@ class StudyDefinition:
         check_data(data, config, "a study")
         if config.method != "full" or config.plan is not None or config.budget is not None or config.ratio is not None:
             raise ConfigError("a study chooses method, plan and budget; leave them out of the training settings")
-        need_logloss(config)
         check_rows(data, config)
-        need_validation(data)
-        self.full_config, self.data, self.settings = config, without_test(data), settings
+        need_validation(data, config)
+        self.full_config, self.data, self.quality = config, without_test(data), quality_of(config)
+        self.settings = self._with_objectives(settings)
         schema = schema_of(data, config)
         cls = get_model(config.model)
         self.schema: Schema = schema if cls.uses_vectors else schema.with_dim(1)
@@ -56,6 +58,17 @@ class StudyDefinition:
         room = {text: budget - self._linear_bytes(budget) for text, budget in self.budgets.items()}
         methods = settings.methods or study_methods(raw=any(s.ids == "raw" for s in schema))
         self.space = StudySpace(self.schema, room, methods, settings.groups, settings.widths)
+
+    def _with_objectives(self, settings: StudySettings) -> StudySettings:
+        """The settings with the quality that runs of this loss and model have."""
+        quality = self.quality
+        if settings.objectives and settings.objectives[0] != quality.key:
+            raise ConfigError(
+                f"runs of model {self.full_config.model!r} with loss={self.full_config.loss!r} are compared by "
+                f"{quality.key}; got objectives {', '.join(settings.objectives)}: name {quality.key} first, or leave "
+                "`objectives` out"
+            )
+        return replace(settings, objectives=settings.objectives or (quality.key, "bytes"))
 
     def _linear_bytes(self, budget: int) -> int:
         if self._narrow is None:

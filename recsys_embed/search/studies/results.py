@@ -11,10 +11,11 @@ from optuna.trial import TrialState
 
 from recsys_embed.core.footprint import format_bytes
 from recsys_embed.errors import BudgetError, ConfigError
-from recsys_embed.search.studies.study import MethodStudy, auc_of
+from recsys_embed.search.studies.study import MethodStudy
 from recsys_embed.search.studies.trial import key_of
+from recsys_embed.train.quality import AUC, Quality
 
-_FULL = "full_auc"
+_FULL = "full_auc"  # of whatever quality: studies that have begun keep it
 
 
 def rows_of(study: MethodStudy) -> list[dict[str, Any]]:
@@ -29,7 +30,7 @@ def rows_of(study: MethodStudy) -> list[dict[str, Any]]:
             {
                 "trial": t.number,
                 "state": t.state.name.lower(),
-                "auc": values.get("auc"),
+                study.quality.key: values.get(study.quality.key),
                 "bytes": t.user_attrs.get("bytes"),
                 **({"latency": values.get("latency")} if "latency" in names else {}),
                 "params": dict(t.params),
@@ -41,7 +42,7 @@ def rows_of(study: MethodStudy) -> list[dict[str, Any]]:
 
 
 def importance(study: MethodStudy) -> dict[str, float]:
-    """Importance of each parameter for validation AUC, by PED-ANOVA; empty while too few trials are complete.
+    """Importance of each parameter for the validation quality, by PED-ANOVA; empty while too few trials are complete.
 
     The values of all parameters add up to 1.
     """
@@ -58,8 +59,8 @@ def importance(study: MethodStudy) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def best_under(rows: Sequence[dict[str, Any]], most: int) -> dict[str, Any]:
-    """The complete trial of the highest AUC that takes at most ``most`` bytes.
+def best_under(rows: Sequence[dict[str, Any]], most: int, quality: Quality = AUC) -> dict[str, Any]:
+    """The complete trial of the best quality that takes at most ``most`` bytes.
 
     Raises:
         BudgetError: none does.
@@ -76,23 +77,25 @@ def best_under(rows: Sequence[dict[str, Any]], most: int) -> dict[str, Any]:
             f"no trial takes at most {format_bytes(most)}; the smallest takes "
             f"{format_bytes(min(r['bytes'] for r in done))}. Ways out: 1. a larger size; 2. a study of smaller budgets"
         )
-    return max(fitting, key=lambda r: (r["auc"], -r["bytes"]))
+    return max(fitting, key=lambda r: (quality.score(r[quality.key]), -r["bytes"]))
 
 
 def check_proxy(
     study: MethodStudy, count: int, say: Callable[[int, float, float], None] | None = None
 ) -> dict[str, Any] | None:
-    """Train some trials in full and compare the order of their AUC with that of the short trainings.
+    """Train some trials in full and compare the order of their quality with that of the short trainings.
 
     Args:
         study: with ``proxy`` below 1; after its trials.
         count: trials to train in full, spread evenly from the worst to the best; those trained before are kept.
-        say: called after each with its number, its short and its full AUC.
+        say: called after each with its number, its short and its full quality.
 
     Returns:
         ``spearman`` (rank correlation) and ``trials``; None where fewer than 3 can be compared.
     """
-    done = sorted((r for r in rows_of(study) if r["state"] == "complete"), key=lambda r: r["auc"])
+    quality = study.quality
+    rows = [r for r in rows_of(study) if r["state"] == "complete"]
+    done = sorted(rows, key=lambda r: quality.score(r[quality.key]))
     count = min(count, len(done))
     if count < 3:
         return None
@@ -102,13 +105,13 @@ def check_proxy(
         key = str(row["trial"])
         if key not in known:
             config = study.training_config(row["params"])
-            known[key] = auc_of(study.train(config)[1])
+            known[key] = quality.of(study.train(config)[1].valid)
             with study.guarded():
                 study.study.set_user_attr(_FULL, known)
             study.training_folders.forget(key_of(config))
         if say is not None:
-            say(row["trial"], row["auc"], known[key])
-    short, full = [r["auc"] for r in chosen], [known[str(r["trial"])] for r in chosen]
+            say(row["trial"], row[quality.key], known[key])
+    short, full = [r[quality.key] for r in chosen], [known[str(r["trial"])] for r in chosen]
     return {
         "spearman": spearman(short, full),
         "trials": [{"trial": r["trial"], "short": s, "full": f} for r, s, f in zip(chosen, short, full, strict=True)],

@@ -14,7 +14,7 @@ import torch
 from optuna.trial import TrialState
 
 from recsys_embed.data.folder import lock
-from recsys_embed.errors import BudgetError, CheckpointError, ConfigError
+from recsys_embed.errors import BudgetError, CheckpointError
 from recsys_embed.models import CTRModel
 from recsys_embed.search.studies.open_study import KEY, OpenStudy
 from recsys_embed.search.studies.queue import requeue, requeue_lost, take, try_take
@@ -22,6 +22,7 @@ from recsys_embed.search.studies.trial import ReportingTrainer, key_of
 from recsys_embed.train.build import model_from_config, standardise
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.inputs import fingerprint
+from recsys_embed.train.quality import AUC
 from recsys_embed.train.result import DivergedError, TrainResult
 from recsys_embed.train.resumable import CHECKPOINT
 from recsys_embed.train.stop_request import Interrupted
@@ -148,14 +149,14 @@ class MethodStudy(OpenStudy):
                 trial.set_user_attr("reason", f"not trained again: the plan is that of trial {twin.number}")
                 return list(twin.values)
         trial.set_user_attr(KEY, key)
-        model, result = self.train(config, lambda step, auc: self._report_or_prune(trial, step, auc, size))
-        found = {"auc": auc_of(result), "bytes": float(size)}
+        model, result = self.train(config, lambda step, value: self._report_or_prune(trial, step, value, size))
+        found = {self.quality.key: self.quality.of(result.valid), "bytes": float(size)}
         if "latency" in self.settings.objectives:
             found["latency"] = self._latency(model)
         return [found[o] for o in self.settings.objectives]
 
     def train(
-        self, config: TrainConfig, on_validation: Callable[[int, float], None] = lambda step, auc: None
+        self, config: TrainConfig, on_validation: Callable[[int, float], None] = lambda step, value: None
     ) -> tuple[CTRModel, TrainResult]:
         """Train and validate, never test; a killed training resumes from its checkpoint."""
         model = model_from_config(config, self.schema, self.data.num_dense, self.device)
@@ -165,15 +166,15 @@ class MethodStudy(OpenStudy):
                 model, self.data, config, folder=folder, resume=folder is not None and (folder / CHECKPOINT).exists(),
                 device=self.device, show_progress=False, identity={"data": fingerprint(self.schema, self.data)},
             )  # fmt: skip
-            trainer.on_validation = on_validation
+            trainer.on_validation, trainer.quality = on_validation, self.quality
             return model, trainer.run()
 
-    def _report_or_prune(self, trial: optuna.Trial, step: int, auc: float, size: int) -> None:
+    def _report_or_prune(self, trial: optuna.Trial, step: int, value: float, size: int) -> None:
         curve = dict(trial.user_attrs.get("curve", {}))
         if str(step) not in curve:  # a killed worker may have reported it
             if len(self.settings.objectives) == 1:  # Optuna keeps intermediate values of single objectives only
-                trial.report(auc, step)
-            trial.set_user_attr("curve", curve | {str(step): auc})
+                trial.report(value, step)
+            trial.set_user_attr("curve", curve | {str(step): value})
         if not self.settings.prune:
             return
         peers = [
@@ -181,9 +182,11 @@ class MethodStudy(OpenStudy):
             for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
             if str(step) in t.user_attrs.get("curve", {}) and t.user_attrs["bytes"] <= size
         ]
-        if len(peers) >= LEAST_PEERS and auc < statistics.median(peers):
+        score, label = self.quality.score, self.quality.label
+        if len(peers) >= LEAST_PEERS and score(value) < score(statistics.median(peers)):
+            side = "below" if self.quality.rises else "above"
             raise optuna.TrialPruned(
-                f"stopped at step {step}: AUC {auc:.4f} is below {statistics.median(peers):.4f}, the median of "
+                f"stopped at step {step}: {label} {value:.4f} is {side} {statistics.median(peers):.4f}, the median of "
                 f"{len(peers)} trials of at most as many bytes"
             )
 
@@ -203,6 +206,4 @@ class MethodStudy(OpenStudy):
 
 def auc_of(result: TrainResult) -> float:
     """Validation AUC of the best weights."""
-    if result.valid is None or result.valid.auc is None or result.valid.auc != result.valid.auc:
-        raise ConfigError("the validation rows are of one class, so no trial has an AUC; use more of them")
-    return float(result.valid.auc)
+    return AUC.of(result.valid)

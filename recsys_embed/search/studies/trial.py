@@ -14,6 +14,7 @@ from recsys_embed.data.folder import LOCK_FILE, FolderHeldError, lock
 from recsys_embed.errors import DataError
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.loop import Trainer
+from recsys_embed.train.quality import AUC, Quality
 
 
 def without_test(data: DataSource) -> DataSource:
@@ -43,24 +44,25 @@ class WithoutTestSplit:
 
 
 class ReportingTrainer(Trainer):
-    """A trainer that calls ``on_validation(step, auc)`` after each validation but the last; it may raise to stop.
+    """A trainer that calls ``on_validation(step, value)`` after each validation but the last; it may raise to stop.
 
     A resumed trainer also reports the validations before its checkpoint, which a killed worker may not have reported.
     """
 
     on_validation: Callable[[int, float], None]
+    quality: Quality = AUC
 
     def _train(self, stop: Any) -> None:
         over = self._finished() and not self.state.pending_validation
         for known in self.state.history[: -1 if over else None]:
-            self.on_validation(int(known["step"]), float(known["auc"]))
+            self.on_validation(int(known["step"]), float(known[self.quality.logged]))
         super()._train(stop)
 
     def _validate(self, stop: Any) -> None:
         before = len(self.state.history)
         super()._validate(stop)
         if len(self.state.history) > before and not self._finished():
-            self.on_validation(self.state.step, float(self.state.history[-1]["auc"]))
+            self.on_validation(self.state.step, float(self.state.history[-1][self.quality.logged]))
 
 
 def key_of(config: TrainConfig) -> str:

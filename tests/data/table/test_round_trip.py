@@ -256,6 +256,12 @@ def test_vectors_are_numeric_columns(tmp_path: Path, array: bool) -> None:
     data = open_dataset(tmp_path / "out")
     assert data.manifest.dense == ("n", "v[0]", "v[1]")
     assert data.read("train", 0, 4).dense.tolist() == [[i + 1, *(v or [0.0, 0.0])] for i, v in enumerate(values)]
+    for memory in (1 << 30, 1):  # in memory, and streamed
+        opened = open_dataset(tmp_path / "out", memory_limit=memory)
+        for batch in opened.batches("train", 3, shuffle=True, seed=1):
+            own = [values[int(n) - 1] or [0.0, 0.0] for n in batch.dense[:, 0]]
+            assert {name: v.tolist() for name, v in batch.vectors.items()} == {"v": own}
+            assert batch.vectors["v"].untyped_storage().data_ptr() == batch.dense.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_lists_where_a_separator_was_learned(tmp_path: Path, kind: str, values: 
     convert_table(frame(ROWS[values], "|"), tmp_path / "old", schema(kind, separator="|", values=values))
     convert_table(frame(ROWS[values]), tmp_path / "new", like=tmp_path / "old")
     assert ids(tmp_path / "new", "test") == ids(tmp_path / "old", "train")
-    other = frame(ROWS["string" if values == "integer" else "integer"])
+    other = frame(ROWS["string"] if values == "integer" else [[True]] * 5)
     with pytest.raises(ConfigError, match=f"holds {values} values; the column holds List.*cast its values"):
         convert_table(other, tmp_path / "wrong", like=tmp_path / "old")
 

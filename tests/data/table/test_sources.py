@@ -6,12 +6,18 @@ import datetime as dt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
 from recsys_embed.data import TableSchema, convert_table, open_dataset
 from recsys_embed.data.sources import open_source
+from recsys_embed.data.sources import parquet as parquet_source
 from recsys_embed.data.sources.base import joint_type
+from recsys_embed.data.sources.parquet import ParquetFiles
+from recsys_embed.data.sources.parquet_footer import column_bytes
+from recsys_embed.data.table import rows as rows_module
+from recsys_embed.data.table.rows import TableOptions
 from recsys_embed.errors import ConfigError, DataError
 
 FRAME = pl.DataFrame(
@@ -115,3 +121,44 @@ def test_inputs_that_are_no_table(tmp_path: Path) -> None:
 )
 def test_joint_types(a: pl.DataType, b: pl.DataType, both: pl.DataType | None) -> None:
     assert joint_type(a, b) == joint_type(b, a) == both
+
+
+def test_bytes_of_row_groups_are_those_that_pyarrow_tells(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    frame = FRAME.with_columns(seen=pl.Series([[1, 2], [], None] * 2), ts=pl.from_epoch(pl.lit(7))).sample(
+        20_000, with_replacement=True, seed=0
+    )
+    frame.write_parquet(tmp_path / "polars.parquet", row_group_size=1024)
+    parquet.write_table(frame.to_arrow(), tmp_path / "arrow.parquet", row_group_size=999, compression="snappy")
+    for name in ("polars", "arrow"):
+        path = tmp_path / f"{name}.parquet"
+        about = parquet.ParquetFile(path).metadata
+        groups = [about.row_group(i) for i in range(about.num_row_groups)]
+        wanted = [
+            {(c := g.column(i)).path_in_schema.split(".")[0]: c.total_compressed_size for i in range(g.num_columns)}
+            for g in groups
+        ]
+        assert column_bytes(path) == wanted
+        assert len(wanted) > 15
+
+
+def test_row_groups_that_memory_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    frame = pl.DataFrame({"y": [0, 1] * 40_000, "n": np.random.default_rng(0).random(80_000)})
+    frame.write_parquet(path, row_group_size=80_000)
+    monkeypatch.setattr(parquet_source, "_SMALL", 0)
+    held = sum(column_bytes(path)[0].values())
+    monkeypatch.setattr(rows_module, "PROCESS", (512 << 20) - held + 1)
+    schema = TableSchema.of(label="y", numeric="n", split={"kind": "all", "only": "train"})
+    says = (
+        r"a\.parquet: a row group holds .* of the columns that are read, for which --max-memory 512.00 MiB has no room"
+    )
+    with pytest.raises(ConfigError, match=says):
+        convert_table(path, tmp_path / "out", schema, max_memory=512 << 20)
+    small = tmp_path / "b.parquet"
+    frame.write_parquet(small, row_group_size=8_000)
+    of_one = max(group["n"] for group in column_bytes(small))
+    options = TableOptions(max_memory=512 << 20, workers=16)
+    assert options.readers(ParquetFiles([small]), ["n"]) == (held - 1) // 2 // of_one == 4
+    made = convert_table(small, tmp_path / "out", schema, max_memory=512 << 20)
+    assert made.rows == {"train": 80_000}

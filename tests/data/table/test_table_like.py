@@ -64,6 +64,7 @@ def test_new_rows_are_a_test_and_may_lack_what_is_not_a_feature(folder: Path, tm
     frame = events(500, 1).drop("click", "w")
     report = convert_table(frame.with_columns(user=pl.lit("stranger")), tmp_path / "new", like=folder)
     assert report.rows == {"test": 500}
+    assert "no value of 'user' is known" in " ".join(report.notices)
     data = open_dataset(tmp_path / "new")
     batch = data.read("test", 0, 500)
     assert batch.label.isnan().all()
@@ -75,10 +76,10 @@ def test_new_rows_are_a_test_and_may_lack_what_is_not_a_feature(folder: Path, tm
 
 
 def test_new_rows_of_another_type_are_refused(folder: Path, tmp_path: Path) -> None:
-    frame = events(20).with_columns(user=pl.lit(7), item=pl.lit("a"))
+    frame = events(20).with_columns(user=pl.lit(True), item=pl.lit("a"))
     with pytest.raises(ConfigError) as e:
         convert_table(frame, tmp_path / "new", like=folder)
-    assert "column 'user': it learned values of type string; got Int32: cast the column" in str(e.value)
+    assert "column 'user': it learned values of type string; got Boolean: cast the column" in str(e.value)
     assert "column 'item': it learned values of type integer; got String" in str(e.value)
 
 
@@ -218,3 +219,19 @@ def test_statistics_of_a_shared_vocabulary_are_of_all_its_values(
     assert field["occurrences"] == 600
     assert main(["plan", "--data", str(out), "--budget", "1KiB", "--embedding-dim", "4"]) == 0
     assert "one table for item, seen" in " ".join(capsys.readouterr().out.split())
+
+
+def test_options_of_the_old_files_may_name_columns_that_new_rows_lack(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    old.write_text("click,zip\n1,01\n0,02\n1,01\n0,02\n")
+    new.write_text("zip\n02\n01\n")
+    columns = {"click": {"kind": "label"}, "zip": {"kind": "categorical", "min_count": 1}}
+    source = {"types": {"click": "integer", "zip": "string"}}
+    split = {"kind": "all", "only": "train"}
+    convert_table(old, tmp_path / "a", {"columns": columns, "source": source, "split": split})
+    convert_table(new, tmp_path / "b", like=tmp_path / "a")
+    made, known = open_dataset(tmp_path / "b"), open_dataset(tmp_path / "a").vocabulary("zip")
+    ids = dict(zip(known.values, known.ids.tolist(), strict=True))
+    assert made.read("test", 0, 2).ids[:, 0].tolist() == [ids["02"], ids["01"]]
+    with pytest.raises(ConfigError, match="`types` names 'click', which is no column"):
+        convert_table(new, tmp_path / "c", like=tmp_path / "a", options={"types": {"click": "integer"}})
