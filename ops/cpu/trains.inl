@@ -32,12 +32,22 @@ static inline void multiply_rows(const float* a, const float* b, float* out, i64
 static inline void multiply(const float* a, const float* b, float* out, i64 rows, i64 inner, i64 columns) {
   i64 i = 0;
   for (; i + 4 <= rows; i += 4) multiply_rows<4>(a + i * inner, b, out + i * columns, inner, columns);
+  for (; i + 2 <= rows; i += 2) multiply_rows<2>(a + i * inner, b, out + i * columns, inner, columns);
   for (; i < rows; i++) multiply_rows<1>(a + i * inner, b, out + i * columns, inner, columns);
 }
 
+// to[columns, rows] = from[rows, columns]^T, by tiles of 4 times 4, which stay in registers.
 static inline void transpose(const float* from, float* to, i64 rows, i64 columns) {
-  for (i64 k = 0; k < columns; k++)
-    for (i64 p = 0; p < rows; p++) to[k * rows + p] = from[p * columns + k];
+  typedef Lanes<4> L;
+  const i64 even_rows = rows / 4 * 4, even_columns = columns / 4 * 4;
+  for (i64 k = 0; k < even_columns; k += 4)
+    for (i64 p = 0; p < even_rows; p += 4) {
+      const float* tile = from + p * columns + k;
+      const L::V a = L::load(tile), b = L::load(tile + columns), c = L::load(tile + 2 * columns), d = L::load(tile + 3 * columns);
+      for (int j = 0; j < 4; j++) L::store(to + (k + j) * rows + p, L::V{a[j], b[j], c[j], d[j]});
+    }
+  for (i64 p = 0; p < rows; p++)
+    for (i64 k = p < even_rows ? even_columns : 0; k < columns; k++) to[k * rows + p] = from[p * columns + k];
 }
 
 // Products of ids [begin, end); with `gradient`, those of the slices from `gradient [n, width]` into `of_columns`.
