@@ -127,7 +127,7 @@ def _one(rng: random.Random, kinds: tuple[Any, ...], f: Any, spec: FeatureSpec) 
 
 
 def _tuple(rng: random.Random, length: int, spec: FeatureSpec) -> tuple[int, ...] | None:
-    """Numbers such as methods take: falling widths, sizes of blocks, bits of columns, rows per column, moduli, factors."""
+    """Numbers such as methods take: falling widths, sizes of blocks, bits or rows of columns, moduli, factors."""
     n, width = spec.num_ids, spec.embedding_dim
     shape = rng.randrange(7)
     if shape == 0:
