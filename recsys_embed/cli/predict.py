@@ -103,8 +103,10 @@ def predict(
             score = scorer.score(served)
             report = score_files(encoder, score, table, out, batch_size, **options, progress=progress)
         else:
-            found = recommended(encoder, scorer.find(served, encoder, top), top)
-            size = min(batch_size, max(1, _FOUND // top))
+            catalogue: Any = served.in_catalogue
+            most = min(top, len(catalogue))
+            found = recommended(encoder, scorer.find(served, encoder, most), most)
+            size = min(batch_size, max(1, _FOUND // most))
             report = write_rows(encoder, found, table, out, size, **options, progress=progress)
     _tell(report, scorer.output, top, as_json)
 

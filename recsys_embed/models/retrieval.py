@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,6 +25,8 @@ BLOCK_SCORES = 1 << 24
 """Scores that are held together when a whole catalogue is scored."""
 KEPT_BYTES = 256 << 20
 """Vectors of a whole catalogue that are computed once for all users; of larger ones they are computed again."""
+
+_MOST_PLACES = 1 << 20
 
 
 class Queries(NamedTuple):
@@ -200,7 +203,7 @@ class RetrievalModel(CTRModel):
                 Of raw rows only the columns that tell the user are read; values that training did not have are treated
                 as by :meth:`predict`.
             ids: as for the model; candidates are not looked at.
-            k: items per row; may be more than there are to be found.
+            k: items per row; may be more than there are to be found, up to a million.
             exclude: items to leave out of each row's, such as those that the user knows: int64 ``[B, L]`` padded with
                 -1, or :class:`recsys_embed.typing.BagIds` of ``B`` bags. Of raw rows the names of the columns that hold
                 them, any number per row; they need not be columns of the model.
@@ -213,12 +216,17 @@ class RetrievalModel(CTRModel):
             None for -1.
 
         Raises:
-            ConfigError: k below 1, or ``exclude`` of another form; raw rows and a model without encoders, or columns
-                that are absent or of another type, all of them named.
+            ConfigError: k below 1, or beyond both a million and the catalogue; ``exclude`` of another form; raw rows
+                and a model without encoders, or columns that are absent or of another type, all of them named.
             DataError: values of raw rows that cannot be used, with row, column and reason.
         """
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ConfigError(f"`k` must be an integer of at least 1; got {k!r}")
+        if k > max(_MOST_PLACES, len(self.in_catalogue)):
+            size = len(self.in_catalogue)
+            raise ConfigError(
+                f"`k` is {k}, and every row would have as many places: k={size} finds all items there are"
+            )
         if not isinstance(dense, Tensor):
             if ids is not None:
                 raise ConfigError("raw rows come without ids: `recommend(rows, k=10)`, or `recommend(dense, ids, k)`")
@@ -254,6 +262,9 @@ class RetrievalModel(CTRModel):
         """
         rows, items = excluded_pairs(exclude, len(users), users.device)
         listed = self.in_catalogue if listed is None else listed
+        # Places beyond the catalogue are filled at the end.
+        beyond = max(0, k - len(self.in_catalogue))
+        k -= beyond
         best = users.new_full((len(users), k), float("-inf"))
         found = torch.full(best.shape, -1, dtype=torch.int64, device=users.device)
         size = max(1, min(BLOCK_ITEMS, BLOCK_SCORES // max(1, len(users))))
@@ -266,7 +277,8 @@ class RetrievalModel(CTRModel):
                 ends = torch.arange(start, start + len(vectors), device=users.device).expand_as(scores)
                 best, at = torch.cat([best, scores], 1).topk(k)
                 found = torch.cat([found, ends], 1).gather(1, at)
-        return found.masked_fill(best == float("-inf"), -1), best
+        found = found.masked_fill(best == float("-inf"), -1)
+        return F.pad(found, (0, beyond), value=-1), F.pad(best, (0, beyond), value=float("-inf"))
 
 
 class Recommendations(NamedTuple):

@@ -180,6 +180,8 @@ def test_what_cannot_be_recommended_is_refused(tmp_path: Path, capsys: Any) -> N
         model.recommend(users.with_columns(day=dt.date(2024, 1, 1)), k=2, exclude="day")
     with pytest.raises(DataError, match="row 1, column age: infinite"):
         model.recommend(users.with_columns(age=pl.lit(float("inf"))), k=2)
+    with pytest.raises(ConfigError, match=rf"`k` is {10**12}, and .* k={len(model.in_catalogue)} finds all"):
+        model.recommend(users, k=10**12)
     with pytest.raises(ConfigError, match="raw rows come without ids"):
         model.recommend(users, torch.zeros(1, 1))  # type: ignore[call-overload]
     with pytest.raises(ConfigError, match="numeric values need ids"):
@@ -197,6 +199,10 @@ def test_what_cannot_be_recommended_is_refused(tmp_path: Path, capsys: Any) -> N
     assert "--exclude goes with --top" in capsys.readouterr().err
     assert main([*args, "--top", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["top"] == 3
+    # Of columns that hold no item to leave out it is told; and no memory is held for items that there are not.
+    assert main([*args, "--top", str(10**12), "--exclude", "age", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unknown"] == ["age"]
+    assert len(pl.read_parquet(tmp_path / "o.parquet")) == len(rows) * int(model.in_catalogue.sum())
 
 
 def test_models_and_items_without_names_are_refused(tmp_path: Path, capsys: Any) -> None:

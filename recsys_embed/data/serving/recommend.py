@@ -82,13 +82,11 @@ class UserEncoder(TableEncoder):
         rows = super().encode(source, chunk)
         if not self.exclude:
             return rows
-        ids = [
-            next(iter(e.encode(rows.frame[e.column.source]).columns.values())) for e in self.others(rows.frame.schema)
-        ]
-        excluded = pl.DataFrame([s.alias(str(i)) for i, s in enumerate(ids)]).select(pl.concat_list(pl.all()))
-        return EncodedRows(
-            rows.batch, rows.frame.with_columns(excluded.to_series().alias(_EXCLUDED)), rows.bad, rows.counts
-        )
+        encoded = {e.column.name: e.encode(rows.frame[e.column.source]) for e in self.others(rows.frame.schema)}
+        ids = [next(iter(made.columns.values())).alias(name) for name, made in encoded.items()]
+        excluded = pl.DataFrame(ids).select(pl.concat_list(pl.all())).to_series().alias(_EXCLUDED)
+        counts = {**rows.counts, **{name: made.counts for name, made in encoded.items()}}
+        return EncodedRows(rows.batch, rows.frame.with_columns(excluded), rows.bad, counts)
 
     def named(self, size: int) -> NDArray[np.bool_]:
         """The ids that stand for an item: bool ``[size]``."""
