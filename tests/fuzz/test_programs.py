@@ -39,7 +39,9 @@ def test_programs_hold_everything_that_is_registered() -> None:
         those = [f for f in features if f.method == method.name]
         options = {k for f in those for k in f.options}
         # Rows that are computed have no precision.
-        declared = {f.name for f in fields(method.config_cls)} - ({"precision"} if those[0].config.computes else set())
+        declared = {f.name for f in fields(method.config_cls)} - (
+            {"precision"} if those[0].config().computes else set()
+        )
         assert declared == options, f"never drawn: options {sorted(declared - options)} of {method.name!r}"
 
 
