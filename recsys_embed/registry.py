@@ -115,7 +115,24 @@ def with_current_names(data: Any) -> Any:
 
 
 def make_embedding(method: str, num_embeddings: int, embedding_dim: int, **options: Option) -> CompressedEmbedding:
-    """A drop-in module of the named method; ``options`` as its class takes them (``budget=``, ``mode=``, ...).
+    """A drop-in module of the named method.
+
+    Args:
+        method: its key, see :func:`list_methods`.
+        num_embeddings: number of ids.
+        embedding_dim: width of a vector.
+        options: how large it is: ``budget`` (bytes, or text such as ``"4MiB"``), or ``config``, or options of the
+            method's own, those of its configuration (``help(rse.HashConfig)`` for ``"hash"``); ``precision`` and
+            ``seed`` are among these. Every method takes ``padding_idx``, ``sparse``, ``mode`` (``"sum"``, ``"mean"``
+            or ``"max"``, to be called like ``nn.EmbeddingBag``), ``include_last_offset``, ``name``, ``init``,
+            ``unseen``, ``device`` and ``dtype``.
+
+    Returns:
+        A module: ids ``[...]`` give vectors ``[..., embedding_dim]``, or with ``mode`` ``[bags, embedding_dim]``.
+
+    Raises:
+        UnknownNameError: there is no such method.
+        BudgetError: the method cannot be as small.
 
     >>> import torch, recsys_embed as rse
     >>> emb = rse.make_embedding("hash", 1_000_000, 16, budget="1MiB")

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.main import get_command
 
@@ -108,6 +110,30 @@ def test_every_command_names_a_missing_argument_in_one_line(name, command, capsy
 def test_unknown_command_names_the_nearest(capsys):
     assert cli.main(["doctr"]) == 2
     assert "did you mean 'doctor'" in error_line(capsys)
+
+
+def test_a_command_of_a_group_is_named_with_it(capsys):
+    assert cli.main(["inspect", "x.csv"]) == 2
+    assert "did you mean 'data inspect'" in error_line(capsys)
+
+
+def test_warnings_of_the_library_are_one_line(capsys, monkeypatch):
+    before = warnings.formatwarning
+
+    def warn(_):
+        warnings.warn_explicit("tables for nothing", UserWarning, cli.__file__, 1)
+        warnings.warn_explicit("not ours", UserWarning, torch.__file__, 1)
+        return 0
+
+    monkeypatch.setattr(cli, "_run", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "_showwarnmsg_impl", lambda m: sys.stderr.write(warnings._formatwarnmsg(m)))
+        assert cli.main(["train"]) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert err[0] == "recsys-embed: warning: tables for nothing"
+    assert err[1].startswith(torch.__file__)
+    assert warnings.formatwarning is before
 
 
 def test_no_command_prints_the_help_once(capsys):

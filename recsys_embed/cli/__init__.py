@@ -7,15 +7,18 @@ command needs cannot take the others down. Modules whose name begins with an und
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recsys_embed.errors import ConfigError, RecsysEmbedError, unknown_name
+from recsys_embed.errors import ConfigError, RecsysEmbedError, UnknownNameError, unknown_name
 from recsys_embed.utils.optional import require
 
 if TYPE_CHECKING:
@@ -87,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args or os.environ.get("RECSYS_EMBED_DEBUG", "") not in ("", "0")
     args = [a for a in args if a != "--debug"]
     try:
-        status = _run(args)
+        with _warnings_in_one_line():
+            status = _run(args)
         if sys.stdout is not None:  # as when it was closed before the start
             sys.stdout.flush()
         return status
@@ -105,6 +109,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(e, f"{reason}: {named}" if named is not None else reason, debug)
 
 
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show the library's own warnings as messages to the user, without Python's line of source."""
+    before = warnings.formatwarning
+    package = str(Path(__file__).parents[1])
+
+    def shown(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        ours = issubclass(category, UserWarning) and filename.startswith(package)
+        return f"{PROG}: warning: {message}\n" if ours else before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def _run(args: list[str]) -> int:
     if args == ["--version"]:
         from recsys_embed.utils.versions import installed_versions
@@ -114,7 +137,7 @@ def _run(args: list[str]) -> int:
     names = command_names()
     first = next((a for a in args if not a.startswith("-")), None)
     if first is not None and first not in names:
-        raise unknown_name("command", first, names)
+        raise _unknown_command(first, names)
     app = build_app(first)
     from typer.main import get_command
 
@@ -126,6 +149,17 @@ def _run(args: list[str]) -> int:
     except Exception as e:
         return _click_exit(e)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _unknown_command(name: str, names: list[str]) -> UnknownNameError:
+    """The error for a command that there is not, with the group that has one of this name: `data inspect`."""
+    for group in names:
+        with contextlib.suppress(RecsysEmbedError):
+            app = getattr(importlib.import_module(f"{__name__}.{group}"), f"{group}_app", None)
+            known = [] if app is None else app.registered_commands
+            if name in {c.name or c.callback.__name__ for c in known}:
+                return UnknownNameError(f"unknown command {name!r}; did you mean '{group} {name}'?")
+    return unknown_name("command", name, names)
 
 
 def _click_exit(error: Exception) -> int:

@@ -117,8 +117,9 @@ def say_few_steps(data: DataSource, config: TrainConfig) -> None:
     steps = -(-data.splits["train"] // config.batch_size) * config.epochs
     steps = steps if config.steps is None else min(steps, config.steps)
     if steps < FEW_STEPS:
+        noun = "step" if steps == 1 else "steps"
         print(
-            f"recsys-embed: only {steps} training steps; on small data a smaller --batch-size and more --epochs "
+            f"recsys-embed: only {steps} training {noun}; on small data a smaller --batch-size and more --epochs "
             "(or --config examples/criteo_sample.toml) learn far more",
             file=sys.stderr,
         )

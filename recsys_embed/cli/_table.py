@@ -46,7 +46,9 @@ def table(
     time: Columns = None,
     weight: Columns = None,
     group: Columns = None,
-    min_count: Annotated[int | None, typer.Option(help="Training rows a value must occur in to get an id.")] = None,
+    min_count: Annotated[
+        int | None, typer.Option(help="Training rows a value must occur in to get an id; 2 by default.")
+    ] = None,
     ids: Annotated[Literal["vocab", "raw"] | None, typer.Option(help="raw: 64-bit ids without a vocabulary.")] = None,
     split: Annotated[
         Literal["time", "order", "random", "file", "column", "last", "all"] | None,

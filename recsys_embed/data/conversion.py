@@ -81,12 +81,24 @@ def different(a: JSON, b: JSON, prefix: str = "") -> list[str]:
 
     >>> different({"ids": "raw", "s": {"seed": 1}}, {"ids": "raw", "s": {"seed": 2}})
     ['s.seed: 1 -> 2']
+    >>> different({"columns": [{"name": "user"}]}, {"columns": [{"name": "user", "min_count": 5}]})
+    ['columns.user.min_count: None -> 5']
     """
     out: list[str] = []
     for key in sorted({*a, *b}):
-        x, y = a.get(key), b.get(key)
+        x, y = _by_name(a.get(key), b.get(key))
         if isinstance(x, dict) and isinstance(y, dict):
             out += different(x, y, f"{prefix}{key}.")
         elif x != y:
-            out.append(f"{prefix}{key}: {x} -> {y}")
+            out.append(f"{prefix}{key}: {x!s:.200} -> {y!s:.200}")
     return out
+
+
+def _by_name(a: Any, b: Any) -> tuple[Any, Any]:
+    """Two lists of named entries in one order as dicts, to compare entries of one name; others as given."""
+    if not all(isinstance(v, list) and all(isinstance(e, dict) and "name" in e for e in v) for v in (a, b)):
+        return a, b
+    x, y = ({e["name"]: e for e in v} for v in (a, b))
+    if len(x) < len(a) or len(y) < len(b) or [n for n in x if n in y] != [n for n in y if n in x]:
+        return a, b
+    return x, y

@@ -102,9 +102,10 @@ class ExportReport:
         return {**values, "max_error": self.max_error}
 
     def __str__(self) -> str:
+        at = "the precisions of the plan" if self.precision == "planned" else self.precision
         ratio = self.source_bytes / self.embedding_bytes if self.embedding_bytes else 1.0
         lines = [
-            f"{self.path}: {format_bytes(self.bytes)} at {self.precision}; embeddings "
+            f"{self.path}: {format_bytes(self.bytes)} at {at}; embeddings "
             f"{format_bytes(self.source_bytes)} -> {format_bytes(self.embedding_bytes)} ({ratio:.2f}x), other layers "
             f"{format_bytes(self.dense_bytes)}, header {format_bytes(self.header_bytes)}"
             + (f", vocabularies of raw rows {format_bytes(self.encoder_bytes)}" if self.encoder_bytes else "")

@@ -110,8 +110,8 @@ class CandidateEvaluator:
         self.norms = batch_norms(net)
         if recalibrate and self.norms and isinstance(net.model, RetrievalModel):
             raise ConfigError(
-                "`recalibrate` is for models that score rows; set it to 0 (search.recalibrate=0) with models that find "
-                f"items, such as {net.model.key!r}"
+                "`recalibrate` is for models that score rows; set it to 0 (search.recalibrate=0) with retrieval "
+                f"models, such as {net.model.key!r}"
             )
 
     def _batches(self, start: int) -> Iterator[Batch]:

@@ -94,8 +94,11 @@ def run_search(
     >>> found.footprint.serve <= found.full_bytes / 4
     True
     """
-    if config.method != "full" or config.plan is not None:
-        raise ConfigError(f"a search starts from full tables; drop `method` and `plan`; got {config.method!r}")
+    if config.method != "full" or config.method_args or config.plan is not None:
+        raise ConfigError(
+            f"a search starts from full tables; drop `method`, `method_args` and `plan`; got {config.method!r}"
+            + (f" with {config.method_args}" if config.method_args else "")
+        )
     check_data(data, config, "a search")
     check_rows(data, config)
     schema = schema_of(data, config)

@@ -23,8 +23,8 @@ class OptembedSettings(Settings):
         threshold_lr: rate of the thresholds, plain SGD.
         pull: weight of the regulariser, the sum of exp(-t) over all thresholds.
         generations, population, mutations, crossovers, keep, parents, mutation_rate: see :class:`Evolution`.
-        size_weight: candidates are compared by validation AUC (minus RMSE of real labels, NDCG of models that find
-            items) less this times their share of the full tables' bytes; 0: by that alone, as the paper.
+        size_weight: candidates are compared by validation AUC (minus RMSE of real labels, NDCG of retrieval
+            models) less this times their share of the full tables' bytes; 0: by that alone, as the paper.
         evaluation_rows: validation rows on which candidates are compared; None: all, 0: as many as make the evolution
             cost about one training.
         finalists: the best so many candidates are compared on all validation rows at the end, where fewer were used.

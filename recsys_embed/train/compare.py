@@ -86,6 +86,8 @@ class Comparison(Settings):
         for method in self.method_args:
             if method not in self.methods:
                 raise unknown_name("method in `method_args`", method, self.methods)
+        if self.method_args.get("full"):
+            raise ConfigError("`method_args` of 'full' would change what the others are compared with; leave them out")
         known = {key for model in self.models for key in hyperparameters(model)}
         for key in self.train.model_args:
             if key not in known:

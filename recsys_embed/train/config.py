@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from recsys_embed.errors import ConfigError, unknown_name
+from recsys_embed.errors import ConfigError, UnknownNameError, unknown_name
 from recsys_embed.features import Unseen
+from recsys_embed.models import hyperparameters, list_models
 from recsys_embed.optim import list_rules
 from recsys_embed.train.losses import LossName, loss_args
 from recsys_embed.train.retrieval_metrics import TOP_K
 from recsys_embed.utils.settings import Settings, param
 from recsys_embed.utils.strict_json import read_object
-from recsys_embed.utils.types import JSON
+from recsys_embed.utils.types import JSON, JSONMapping
 
 PLANNED = "planned"
 """The method of runs whose features are stored by a plan."""
@@ -139,6 +140,19 @@ class TrainConfig(Settings):
     seed: int = param(0, low=0, high=2**63 - 1)
     backend: str = "auto"
     threads: int | None = param(None, low=1)
+
+    @classmethod
+    def from_dict(cls, data: JSONMapping) -> Self:
+        """Build from plain values; an unknown key is an error that names the nearest one, or says whose it is."""
+        try:
+            return super().from_dict(data)
+        except UnknownNameError as e:
+            name = str(data.get("model", cls.model))
+            known = hyperparameters(name) if name in list_models() else ()
+            own = ", ".join(f"`model_args.{key}`" for key in data if key in known)
+            if not own:
+                raise
+            raise UnknownNameError(f"{e}; model {name!r} has {own}") from None
 
     def conflicts(self) -> list[str]:
         faults = []

@@ -71,8 +71,8 @@ class StartingWeights:
         wrong = [n for n in _SAME if mine[n] != old[n]]
         raise_faults(
             [f"`{n}` is {mine[n]!r:.200}; there it was {old[n]!r:.200}" for n in wrong],
-            f"a run that starts from the weights of {self.path} must have the settings that these are of (leave them "
-            "out on the command line), or start without them",
+            f"a run that starts from {self.path} keeps the settings of its weights: leave them out, or train from the "
+            "beginning",
         )
         return config
 

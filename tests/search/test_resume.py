@@ -224,6 +224,8 @@ def test_what_cannot_be_searched_is_refused_before_any_training(tmp_path: Path) 
         search(OptembedSearch, OptembedSettings(), small)
     with pytest.raises(ConfigError, match="starts from full tables"):
         search(OptembedSearch, OptembedSettings(), method="hash", ratio=2.0)
+    with pytest.raises(ConfigError, match=r"drop `method`, `method_args` and `plan`; .*int8"):
+        search(DnisSearch, DnisSettings(), method_args={"precision": "int8"}, ratio=2.0)
     with pytest.raises(ConfigError, match="give a budget"):
         search(PepSearch, PepSettings())
     with pytest.raises(ConfigError, match="prunes nothing; raise `threshold_lr`"):

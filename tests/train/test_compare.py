@@ -184,6 +184,8 @@ def test_faults_of_a_comparison_at_once() -> None:
         Comparison(methods=("hsah",))
     with pytest.raises(UnknownNameError, match="method in `method_args` 'hsh'; did you mean 'hash'"):
         Comparison(method_args={"hsh": {"sign": True}})
+    with pytest.raises(ConfigError, match="of 'full' would change"):
+        Comparison(methods=("full", "hash"), method_args={"full": {"precision": "int8"}})
 
 
 def test_a_misspelt_option_of_a_method_stops_the_comparison_and_leaves_no_row(tmp_path: Path) -> None:

@@ -17,6 +17,11 @@ def test_unknown_key_names_the_nearest() -> None:
         TrainConfig.from_dict({"learning_rat": 0.1})
 
 
+def test_a_hyperparameter_says_where_it_belongs() -> None:
+    with pytest.raises(UnknownNameError, match=r"model 'sasrec' has `model_args.every_position`"):
+        TrainConfig.from_dict({"model": "sasrec", "every_position": True})
+
+
 def test_all_faults_at_once() -> None:
     with pytest.raises(ConfigError, match=r"(?s)3 faults.*batch_size.*learning_rate.*exclude"):
         TrainConfig(batch_size=0, learning_rate=-1.0, ratio=2.0, budget="1MiB")

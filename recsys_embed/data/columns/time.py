@@ -89,7 +89,11 @@ class Time(LearnedColumn):
         if values.dtype.is_numeric():
             why = f" in {self.unit} since 1970, in the years 1 to 9999; name its `unit`"
         else:
-            why = f" of format {self.format}" if self.format else ""
+            why = (
+                f" of format {self.format}"
+                if self.format
+                else " as ISO 8601 has it, such as 2026-01-31 23:59:00; a schema's `format` names another way"
+            )
         return found + cast_faults(values, wrong, f"no time{why}")
 
     def seconds(self, values: pl.Series) -> pl.Series:

@@ -14,6 +14,7 @@ import polars as pl
 from recsys_embed.data.columns.label import WORDS
 from recsys_embed.data.columns.vocabulary import MAX_WHOLE, value_type
 from recsys_embed.data.sources.values import NumberCount, infer_type, read_values
+from recsys_embed.data.table.time_formats import time_formats
 
 NULL_WORDS = ("NULL", "null", "NA", "N/A", "\\N", "None", "none", "-", "?", "nan", "NaN")
 """Texts that stand for a missing value in many tables."""
@@ -149,7 +150,7 @@ def _facts(values: pl.Series) -> str:
 
 
 def _short(value: Any) -> str:
-    text = ascii(value) if isinstance(value, str) else str(value)
+    text = repr(value)
     text = " ".join(text.split())
     return text if len(text) <= 40 else text[:37] + "..."
 
@@ -196,6 +197,11 @@ def _guess_text(made: Guess, known: pl.Series) -> None:
                 "quarantine sets aside"
             )
         return
+    forms = time_formats(bare)
+    if forms:
+        made.entry = {"kind": "time", "format": forms[0]}
+        made.remarks.append(f"times as {' or '.join(forms)}" + (": choose the `format`" if len(forms) > 1 else ""))
+        return
     inferred = infer_type(bare)
     if inferred.is_numeric() and len(bare) < len(known):
         made.nulls = _null_words(known)
@@ -206,6 +212,12 @@ def _guess_text(made: Guess, known: pl.Series) -> None:
         return
     if known.str.contains(r"^0[0-9]+$").any() and known.str.contains(r"^[0-9]+$").all():
         made.remarks.append("numbers that begin with 0 are kept as text")
+    if known.str.contains(r"^'.*'$").mean() >= MOST:  # type: ignore[operator]
+        made.remarks.append(
+            'every value stands in single quotes; if these are not part of it, say so to the reader: quote = "\'"'
+        )
+    if bare.str.contains(r"^-?[0-9]+(,[0-9]+)?$").all() and bare.str.contains(",", literal=True).any():
+        made.remarks.append('if these are numbers with a decimal comma, say so to the reader: decimal = ","')
     separator = _separator(known)
     if separator is not None:
         pieces = known.str.split(separator).explode().str.strip_chars()
@@ -213,6 +225,11 @@ def _guess_text(made: Guess, known: pl.Series) -> None:
         made.entry = {**entry, "values": "integer"} if infer_type(pieces) == pl.Int64 else entry
         made.remarks.append(f"looks like values separated by {separator!r}")
         return
+    if found := _null_words(known):
+        shown = json.dumps(found, ensure_ascii=False)
+        made.remarks.append(
+            f"has {shown} as values; where these are missing ones, name them to the reader: nulls = {shown}"
+        )
     blanks = known.head(1000).str.count_matches(r"\s+").to_numpy()
     if blanks.mean() > 4 and known.n_unique() > len(known) / 10:
         made.remarks.append("looks like free text, whose n-grams are no features yet; as a category each text is one")

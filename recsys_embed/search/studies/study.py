@@ -22,7 +22,6 @@ from recsys_embed.search.studies.trial import ReportingTrainer, key_of
 from recsys_embed.train.build import model_from_config, standardise
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.inputs import fingerprint
-from recsys_embed.train.quality import AUC
 from recsys_embed.train.result import DivergedError, TrainResult
 from recsys_embed.train.resumable import CHECKPOINT
 from recsys_embed.train.stop_request import Interrupted
@@ -202,8 +201,3 @@ class MethodStudy(OpenStudy):
                 torch.cuda.synchronize(batch.ids.device)
             times.append(time.perf_counter() - begin)
         return 1e3 * statistics.median(times[5:])
-
-
-def auc_of(result: TrainResult) -> float:
-    """Validation AUC of the best weights."""
-    return AUC.of(result.valid)

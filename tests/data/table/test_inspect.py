@@ -170,3 +170,19 @@ def test_json_says_what_the_comments_say(tmp_path: Path, capsys: pytest.CaptureF
     found = json.loads(capsys.readouterr().out)
     assert [c.kind for c in TableSchema.from_dict(found["schema"]).columns][:2] == ["label", "categorical"]
     assert {c["column"]: bool(c["warnings"]) for c in found["columns"]}["one"]
+
+
+def test_a_foreign_dialect_is_told_by_its_marks(tmp_path: Path) -> None:
+    """Times that are not ISO 8601, decimal commas, words for missing values and single quotes are told."""
+    rows = [
+        f"{d:02}.11.2026 23:59;{d % 7},{d};{'NULL' if d % 5 == 0 else 'Österreich'};'a';{d % 2}" for d in range(1, 29)
+    ]
+    path = tmp_path / "rows.csv"
+    path.write_text("at;price;land;word;click\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    found = inspect_table([str(path)], options={"separator": ";"})
+    text = found.to_toml()
+    assert 'format = "%d.%m.%Y %H:%M"' in text
+    assert 'decimal = ","' in text
+    assert 'nulls = ["NULL"]' in text
+    assert 'quote = "\'"' in text
+    assert "'Österreich'" in text
