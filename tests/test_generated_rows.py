@@ -14,6 +14,7 @@ from recsys_embed.collection import lookup_bundle
 from recsys_embed.core import heads
 from recsys_embed.core.generators import TensorTrain
 from recsys_embed.kernels.distinct_ids import DistinctIds
+from recsys_embed.kernels.native import trains
 from recsys_embed.methods.compositional import CompositionalConfig
 from recsys_embed.methods.full import FullConfig
 from recsys_embed.methods.hash import HashConfig
@@ -54,6 +55,13 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             return out
 
         monkeypatch.setattr(cls, "apply", counted)
+    run = trains._run
+
+    def run_counted(head: Any, columns: Tensor, **others: Tensor) -> None:
+        sizes.extend([columns.shape[0]] if "out" in others else [])
+        run(head, columns, **others)
+
+    monkeypatch.setattr(trains, "_run", run_counted)
     return sizes
 
 

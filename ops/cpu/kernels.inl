@@ -9,3 +9,4 @@
 #include "rows.inl"
 #include "slices.inl"
 #include "scatter.inl"
+#include "trains.inl"

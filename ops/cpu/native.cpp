@@ -130,13 +130,14 @@ struct Variant {
   bool (*update_listed_rows)(const Update&, float*, i64, const i64*, const float*, i64, i64);
   bool (*mask)(const Mask&, i64, i64);
   bool (*mask_backward)(const Mask&, i64);
+  void (*train)(const Train&, i64, i64);
 };
 
 const Variant variants[] = {
-    {"plain", plain::look_up, plain::backward, plain::catch_up_rows, plain::update_listed_rows, plain::mask, plain::mask_backward},
+    {"plain", plain::look_up, plain::backward, plain::catch_up_rows, plain::update_listed_rows, plain::mask, plain::mask_backward, plain::train},
 #ifdef RSE_WIDE
-    {"avx2", avx2::look_up, avx2::backward, avx2::catch_up_rows, avx2::update_listed_rows, avx2::mask, avx2::mask_backward},
-    {"avx512", avx512::look_up, avx512::backward, avx512::catch_up_rows, avx512::update_listed_rows, avx512::mask, avx512::mask_backward},
+    {"avx2", avx2::look_up, avx2::backward, avx2::catch_up_rows, avx2::update_listed_rows, avx2::mask, avx2::mask_backward, avx2::train},
+    {"avx512", avx512::look_up, avx512::backward, avx512::catch_up_rows, avx512::update_listed_rows, avx512::mask, avx512::mask_backward, avx512::train},
 #endif
 };
 
@@ -167,7 +168,7 @@ extern "C" {
 
 // Size of a record, for the caller to compare with its own.
 RSE_API i64 rse_record_sizes(i64 which) {
-  const i64 sizes[] = {sizeof(Transform), sizeof(RowLookup), sizeof(Feature), sizeof(Call), sizeof(Update), sizeof(Mask)};
+  const i64 sizes[] = {sizeof(Transform), sizeof(RowLookup), sizeof(Feature), sizeof(Call), sizeof(Update), sizeof(Mask), sizeof(Train)};
   return sizes[which];
 }
 
@@ -234,6 +235,14 @@ RSE_API int rse_catch_up(const Update* update, float* table, i64 width, i64 thre
 RSE_API int rse_update_rows(const Update* update, float* table, i64 width, const i64* rows, const float* values, i64 count,
                             i64 threads) try {
   return active->update_listed_rows(*update, table, width, rows, values, count, threads) ? DONE : OUT_OF_RANGE;
+} catch (const std::bad_alloc&) {
+  return NO_MEMORY;
+}
+
+// Products of the slices of a tensor train, or, with gradients of these, those of the slices.
+RSE_API int rse_train(const Train* t, i64 threads) try {
+  parallel(threads, [&](i64 thread, i64 team) { active->train(*t, t->count * thread / team, t->count * (thread + 1) / team); });
+  return DONE;
 } catch (const std::bad_alloc&) {
   return NO_MEMORY;
 }

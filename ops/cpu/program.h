@@ -89,6 +89,19 @@ struct Call {
   const Mask* mask;                                // applied to outputs[0], whose `vectors` this call fills; null: none
 };
 
+constexpr i64 MOST_CORES = 4;
+
+// Slices of the cores of a tensor train, one after the other, and their products, or gradients of these and of the slices.
+struct Train {
+  i64 cores;
+  i64 widths[MOST_CORES], ranks[MOST_CORES + 1];   // of slice k: [ranks[k], widths[k], ranks[k + 1]]
+  i64 count;
+  const float* columns;                            // [count, all slices of an id]
+  float* out;                                      // [count, product of the widths]
+  const float* gradient;                           // of `out`; null: the products are wanted
+  float* of_columns;
+};
+
 // An optimizer's rule, and the state it keeps of one storage.
 struct Rule {
   i64 number;                                      // place among the rules of rules.inl; or one of those above

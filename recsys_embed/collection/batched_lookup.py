@@ -180,6 +180,7 @@ class BatchedLookup:
             self._build(features.names, arguments)
 
     _takes_masks = True
+    _runs_heads = True
 
     def _build(self, names: Sequence[str], arguments: _Arguments) -> None:
         # Ids of features with padding have been checked when padding has become -1.
@@ -250,7 +251,7 @@ class BatchedLookup:
             members, key, value = self.parts[output], self._keys[output], outputs[output]
             columns = value.view(value.shape[0], len(members), value.shape[1] // len(members))
             mine = ids[:, self._columns[output]].long() if ids is not None and self._heads.needs_ids(key) else None
-            out[output] = self._heads.vectors(key, columns, mine).flatten(1)
+            out[output] = self._heads.vectors(key, columns, mine, natively=self._runs_heads).flatten(1)
         return out
 
     def _resolved(self, ids: Tensor) -> Tensor:
@@ -273,6 +274,7 @@ class TritonBatchedLookup(BatchedLookup):
     """One call of the Triton kernels on a GPU."""
 
     _takes_masks = False
+    _runs_heads = False
 
     def _build(self, names: Sequence[str], arguments: _Arguments) -> None:
         self._look_up = LazyLookup(names, *arguments)

@@ -12,6 +12,7 @@ from recsys_embed.core.heads import Head, run_head
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.features import Schema
 from recsys_embed.kernels.constants import Constants
+from recsys_embed.kernels.native.trains import run_natively
 from recsys_embed.plan import table_key
 
 
@@ -127,18 +128,23 @@ class HeadTables(Constants):
         name = self.schema.features[part.features[0]].table_name
         return [getattr(held[self._own_name(name)], table) for table in part.head.tables]
 
-    def vectors(self, key: str, columns: Tensor, ids: Tensor | None = None) -> Tensor:
+    def vectors(self, key: str, columns: Tensor, ids: Tensor | None = None, natively: bool = False) -> Tensor:
         """Vectors ``[B, features, width]`` of combined ``columns [B, features, columns]``; where there is a head.
 
         Args:
             ids: int64 ``[B, features]``; None for columns that bags have pooled.
+            natively: by the native kernels, where they know the head.
         """
         part = self._parts[key]
+        if natively and part.head.generates and columns.shape[1] == 1:
+            found = run_natively(part.head, columns.squeeze(1))
+            if found is not None:
+                return found.unsqueeze(1)
         tables = self._tables(key, part)
         if part.head.stacks:
             return run_head(part.head, columns, tables, ids, part.optional)
         of = None if ids is None else ids[:, 0]
-        return run_head(part.head, columns[:, 0], tables, of, part.optional).unsqueeze(1)
+        return run_head(part.head, columns.squeeze(1), tables, of, part.optional).unsqueeze(1)
 
     def vectors_of_ids(self, key: str, columns: Tensor, ids: Tensor, local: Tensor) -> Tensor:
         """Vectors ``[n, width]`` of single ``ids [n]``.

@@ -19,6 +19,7 @@ from recsys_embed.data.batch import Batch
 from recsys_embed.data.folder import file_hash
 from recsys_embed.data.frame_inputs import as_tensor, dense_sources, frame_inputs
 from recsys_embed.data.manifest import Feature, Manifest, Shard, Split, read_manifest
+from recsys_embed.data.polars_errors import POLARS_ERRORS
 from recsys_embed.data.rows import IN_MEMORY_LIMIT, RowSource
 from recsys_embed.data.stats import read_stats
 from recsys_embed.data.vocab import OOV_ID, Vocabulary
@@ -258,7 +259,7 @@ class Dataset(RowSource):
         columns = ["label"] * self.manifest.labels + [*dense_columns, *self.feature_names, *parts]
         try:
             frame = pl.scan_parquet(path).slice(offset, rows).select(columns).collect()
-        except (OSError, pl.exceptions.PolarsError) as e:
+        except (OSError, *POLARS_ERRORS) as e:
             raise DataError(f"{path}: cannot be read ({e}); convert the data again") from e
         if len(frame) != rows:
             raise DataError(f"{path}: expected {rows} rows from row {offset}; got {len(frame)}; convert the data again")

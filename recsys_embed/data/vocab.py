@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from recsys_embed.data.field_counts import FieldCounts
 from recsys_embed.data.folder import write_file
+from recsys_embed.data.polars_errors import POLARS_ERRORS
 from recsys_embed.data.random_bits import GOLDEN
 from recsys_embed.errors import DataError
 
@@ -169,7 +170,7 @@ def read_known(path: Path, name: str) -> tuple[pl.DataFrame, int, int]:
     """
     try:
         frame = pl.read_parquet(path).select("value", pl.col("id").cast(pl.Int32), pl.col("count").cast(pl.Int64))
-    except (OSError, pl.exceptions.PolarsError) as e:
+    except (OSError, *POLARS_ERRORS) as e:
         raise DataError(f"{path}: cannot be read as the vocabulary of {name} ({e})") from e
     missing = frame.filter(pl.col("value").is_null())
     found = (int(missing["id"][0]), int(missing["count"][0])) if len(missing) else (OOV_ID, 0)

@@ -24,6 +24,7 @@ from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offse
 from recsys_embed.kernels.native.autograd import SingleLookup
 from recsys_embed.kernels.native.lookup import reads, runs_on
 from recsys_embed.kernels.native.records import supported
+from recsys_embed.kernels.native.trains import run_natively
 from recsys_embed.kernels.places import Place, absent_ids, read_rows
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.recording import tracing
@@ -161,8 +162,11 @@ class CompressedEmbedding(ModuleTables):
         if head is None:
             return self._columns(ids)
         found = distinct_ids(ids) if head.generates else DistinctIds(ids, None)
-        tables = [self.table(n) for n in head.tables]
-        return found.scatter(run_head(head, self._columns(found.ids), tables, found.ids, self._policy.zeros[0]))
+        columns = self._columns(found.ids)
+        out = run_natively(head, columns) if head.generates and self._native is not None else None
+        if out is None:
+            out = run_head(head, columns, [self.table(n) for n in head.tables], found.ids, self._policy.zeros[0])
+        return found.scatter(out)
 
     def _columns(self, ids: Tensor) -> Tensor:
         """Combined rows of resolved int64 ``ids [n]``, before the program's head."""

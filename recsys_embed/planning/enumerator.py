@@ -150,7 +150,7 @@ class OptionEnumerator:
         """Whether ids get rows of several widths, which one size in the middle shows."""
         resizable = ResizableMethod(variant, feature.spec, feature.terms, self.context.costs)
         program = resizable.at(max(1, resizable.top() // 2)).program
-        # Of rows that are computed, each id reads one from every table.
+        # Slices that a vector is computed from are of several widths for all ids alike.
         return not program.generates and len({program.table(p.table).width for p in program.row_lookups}) > 1
 
     def _refusal(self, spec: FeatureSpec, found: SizedMethod) -> str | None:

@@ -134,6 +134,9 @@ def _storage(choice: FeatureChoice) -> str:
     lookups = max(float((f.private * curve.mass).sum()) for f in spans)
     rows = max((f.rows for f in spans if f.shared.any()), default=0)
     shared = next((f.table for f in spans if f.table), None)
+    if program.head is not None and program.head.shares_all:
+        numbers = f"of the numbers of {counted(round(rows), 'row')}"
+        return f"vectors are {program.head.describe()}, {numbers}{_precision(choice)}"
     if shared is not None:
         table = program.table(shared)
         beside = f" with {counted(readers - 1, 'other feature')}" if readers > 1 else ""

@@ -87,7 +87,10 @@ def scores_of_all_items(model: Model) -> None:
 def gradient_by_hand(model: Model) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model.tables.width8.grad = torch.ones_like(model.tables.width8)
-    optimizer.step()
+    try:
+        optimizer.step()
+    finally:
+        model.tables.width8.grad = None  # steps of any optimizer tell of it while the tables live
 
 
 def ascent(model: Model) -> None:

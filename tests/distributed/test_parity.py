@@ -16,12 +16,14 @@ METHODS = [m.name for m in rse.list_methods()]
 RULES = ("sgd", "adagrad", "rowwise_adagrad")
 
 
-def check(found: list[dict[str, Any]], bits: bool = True) -> None:
+def check(found: list[dict[str, Any]], bits: bool = True, method: str = "") -> None:
+    # A network's products of matrices have other last bits for other batches, which its steps multiply.
+    bits, near = (False, 1e-3) if method == "dhe" else (bits, 2e-6)
     for rank in found:
         assert rank["shape"]
         assert rank["equal"] if bits else rank["start"] <= 1e-6
         assert rank["moved"] > 1e-2, "the steps did not change the output, so they show nothing"
-        assert rank["after"] <= 2e-6 * max(1.0, rank["moved"])
+        assert rank["after"] <= near * max(1.0, rank["moved"])
         assert rank["still"] == []
 
 
@@ -31,7 +33,7 @@ def check(found: list[dict[str, Any]], bits: bool = True) -> None:
 def test_two_ranks(workers: Workers, method: str, kind: str) -> None:
     rule = RULES[(METHODS.index(method) + len(kind)) % 3]
     rule = "adagrad" if kind == "column_wise" and rule == "rowwise_adagrad" else rule
-    check(workers.run("parity", 2, method=method, kind=kind, rule=rule))
+    check(workers.run("parity", 2, method=method, kind=kind, rule=rule), method=method)
 
 
 @pytest.mark.crossed
@@ -40,16 +42,16 @@ def test_two_ranks(workers: Workers, method: str, kind: str) -> None:
 def test_bags_on_two_ranks(workers: Workers, method: str, kind: str) -> None:
     """Bags pooled after a row per id have the bits of the unsharded collection; pooled in shards, they cannot."""
     options: dict[str, Any] = {"form": "jagged", "pooling": ("sum", "mean", "max")}
-    check(workers.run("parity", 2, method=method, kind=kind, pool="ids", **options))
+    check(workers.run("parity", 2, method=method, kind=kind, pool="ids", **options), method=method)
     if kind == "mixed":
-        check(workers.run("parity", 2, method=method, kind=kind, **options), bits=False)
+        check(workers.run("parity", 2, method=method, kind=kind, **options), bits=False, method=method)
 
 
 @pytest.mark.crossed
 @pytest.mark.parametrize("kind", ["row_wise", "mixed"])
 @pytest.mark.parametrize("method", METHODS)
 def test_four_ranks(workers: Workers, method: str, kind: str) -> None:
-    check(workers.run("parity", 4, method=method, kind=kind, rule="rowwise_adagrad"))
+    check(workers.run("parity", 4, method=method, kind=kind, rule="rowwise_adagrad"), method=method)
 
 
 @pytest.mark.parametrize("kind", ["table_wise", "column_wise"])

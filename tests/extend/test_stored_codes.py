@@ -58,7 +58,7 @@ class CodedEmbedding(CompressedEmbedding):
     """Drop-in of coded.
 
     >>> CodedEmbedding(1000, 16, num_codes=16).footprint()
-    Footprint(weights=1024, index=1004, optimizer=0, gradient=0)
+    Footprint(weights=1024, index=1004, optimizer=0, gradient=0, unrounded=0)
     """
 
     config_cls = CodedConfig

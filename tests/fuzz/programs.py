@@ -5,6 +5,7 @@ Methods, their options and update rules come from the registries, so that a new 
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
@@ -126,9 +127,9 @@ def _one(rng: random.Random, kinds: tuple[Any, ...], f: Any, spec: FeatureSpec) 
 
 
 def _tuple(rng: random.Random, length: int, spec: FeatureSpec) -> tuple[int, ...] | None:
-    """Numbers such as methods take: falling widths, sizes of blocks, bits of columns, rows per column, moduli."""
+    """Numbers such as methods take: falling widths, sizes of blocks, bits or rows of columns, moduli, factors."""
     n, width = spec.num_ids, spec.embedding_dim
-    shape = rng.randrange(5)
+    shape = rng.randrange(7)
     if shape == 0:
         return tuple(sorted(rng.sample(range(1, width + 1), min(length, width)), reverse=True))
     if shape == 1:
@@ -137,6 +138,15 @@ def _tuple(rng: random.Random, length: int, spec: FeatureSpec) -> tuple[int, ...
         return tuple(rng.randrange(1 << width) for _ in range(length))
     if shape == 3:
         return tuple(rng.choice((0, n, rng.randint(0, n))) for _ in range(width))
+    if shape == 4:  # of at least all ids
+        return (math.ceil(n ** (1 / max(2, length))) + 1,) * max(2, length)
+    if shape == 5:  # of the width
+        factors = [1] * max(2, length)
+        while width > 1:
+            part = next(p for p in (2, 3, 5, 7, width) if width % p == 0)
+            factors[rng.randrange(len(factors))] *= part
+            width //= part
+        return tuple(factors)
     return tuple(_whole(rng, n) for _ in range(max(2, length)))
 
 
@@ -172,7 +182,8 @@ def draw_config(rng: random.Random, cls: type[MethodConfig], spec: FeatureSpec) 
             changes = {name: value}
         else:
             length = rng.randint(1, 4)
-            changes = {n: _tuple(rng, length, spec) for n in wide}
+            some = wide if rng.random() < 0.5 else rng.sample(wide, 1)
+            changes = {n: _tuple(rng, length, spec) for n in some}
             changes = {n: v for n, v in changes.items() if v is not None or type(None) in hints[n]}
         try:
             found = replace(config, **changes)

@@ -71,7 +71,7 @@ def assert_steps_agree(
     """Outputs, weights and state after some steps are those of the oracle."""
     device = str(next(ours.parameters()).device)
     # Gradients of products of several factors are small, and rules that divide by their sizes amplify rounding.
-    atol = 1e-4 if any(isinstance(p.head, TensorTrain) for p in ours.bundle.programs.values()) else 1e-5
+    atol = 5e-4 if any(isinstance(p.head, TensorTrain) for p in ours.bundle.programs.values()) else 1e-5
     for step in range(steps):
         seen = ids_of(ours.schema, batch, step, device=device) if ids is None else ids
         got, wanted = ours(seen), oracle(seen)

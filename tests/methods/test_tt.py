@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recsys_embed import FeatureSpec, Schema, plan_for_budget
+from recsys_embed.core.generators import TensorTrain
 from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.native.trains import run_natively
 from recsys_embed.method_parts.tensor_train import rank_bounds
 from recsys_embed.methods.tt import TtConfig, TtEmbedding
 
@@ -179,3 +181,35 @@ def test_the_planner_offers_trains_where_no_network_reads_the_vectors() -> None:
     plan = plan_for_budget(schema, "40KiB", methods=["tt"])
     assert [config.method for config in plan.configs.values()] == ["tt", "tt"]
     assert plan.footprint(schema).serve <= 40 << 10
+
+
+@pytest.mark.parametrize(
+    "shapes", [((2, 4), (5,)), ((1, 3, 5), (4, 17)), ((4, 4, 4), (16, 8)), ((2, 1, 3, 2), (3, 20, 1))]
+)
+def test_products_of_the_kernels_are_those_of_torch(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    head = TensorTrain(*shapes)
+    columns = torch.randn(300, sum(prod(s) for s in head.shapes), generator=torch.Generator().manual_seed(0))
+    exact = columns.double().requires_grad_(True)
+    wanted = head.apply(exact, [])
+    upstream = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    wanted.backward(upstream.double())
+    columns.requires_grad_(True)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (3, before):
+        torch.set_num_threads(threads)
+        out = run_natively(head, columns)
+        if out is None:
+            pytest.skip("needs the compiled kernels")
+        (found,) = torch.autograd.grad(out, columns, upstream, create_graph=False)
+        results.append((out, found))
+    for name, got, right in zip(("out", "gradient"), results[0], (wanted, exact.grad), strict=True):
+        scale = float(right.detach().abs().max())
+        torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-6 * scale, msg=name)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "bits do not depend on threads"
+    (once,) = torch.autograd.grad(run_natively(head, columns), columns, upstream, create_graph=True)
+    (twice,) = torch.autograd.grad(once.square().sum(), columns)
+    again = columns.detach().double().requires_grad_(True)
+    (of,) = torch.autograd.grad(head.apply(again, []), again, upstream.double(), create_graph=True)
+    (right,) = torch.autograd.grad(of.square().sum(), again)
+    torch.testing.assert_close(twice.double(), right, rtol=1e-4, atol=1e-4 * float(right.abs().max()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Self
@@ -82,3 +83,19 @@ def test_a_method_that_knows_better_prices_itself_and_names_its_variants() -> No
     assert plan["C1"].colour == "blue"  # type: ignore[attr-defined]
     plan = plan_for_budget(SCHEMA, "100KiB", stats=STATS, methods={"wonder": {"colour": "green"}, "full": None})
     assert plan["C1"].colour == "green"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", ["tt", "dhe"])
+def test_computed_rows_are_planned_and_rated_as_shared_ones(method: str) -> None:
+    schema = Schema([FeatureSpec("a", 100_000, 16)])
+    losses = []
+    for budget in (20_000, 60_000, 200_000):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # rows are shared, which no network tells apart
+            plan = plan_for_budget(schema, budget, methods=[method])
+        assert plan["a"].method == method
+        assert 0.8 * budget <= plan.footprint(schema).serve <= budget
+        assert plan.notes is not None
+        losses.append(plan.notes.predicted_loss)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] > 0, "ids that share all that is stored lose some of their signal"

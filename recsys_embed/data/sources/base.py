@@ -232,7 +232,7 @@ def file_record(path: Path) -> JSON:
     return {"file": str(path), "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
 
 
-def unreadable(path: object, error: Exception) -> DataError:
+def unreadable(path: object, error: BaseException) -> DataError:
     """The error for a file that polars cannot read."""
     return DataError(f"{path}: cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
 

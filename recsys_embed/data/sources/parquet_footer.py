@@ -9,14 +9,14 @@ from typing import Any
 _MAGIC = b"PAR1"
 _TRUE, _FALSE, _BYTE, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 1, 2, 3, 6, 7, 8, 9, 10, 11, 12
 # Numbers of fields in parquet.thrift.
-_ROW_GROUPS, _COLUMNS, _META_DATA, _PATH, _COMPRESSED = 4, 1, 3, 3, 7
+_ROWS, _ROW_GROUPS, _COLUMNS, _META_DATA, _PATH, _COMPRESSED = 3, 4, 1, 3, 3, 7
 
 
 def column_bytes(path: Path) -> list[dict[str, int]]:
     """Bytes of each column as they are stored, in each row group.
 
     Raises:
-        ValueError: the file does not end as Parquet does.
+        ValueError: the file does not end as Parquet does, or its end contradicts itself.
     """
     with path.open("rb") as file:
         size = file.seek(0, 2)
@@ -28,12 +28,17 @@ def column_bytes(path: Path) -> list[dict[str, int]]:
         file.seek(size - 8 - length)
         reader = _Compact(file.read(length))
     try:
-        groups = reader.struct()[_ROW_GROUPS]
+        whole = reader.struct()
+        groups = whole[_ROW_GROUPS]
+        if whole[_ROWS] != sum(group[_ROWS] for group in groups):
+            raise LookupError(f"{whole[_ROWS]} rows, of which the row groups hold {sum(g[_ROWS] for g in groups)}")
         found = []
         for group in groups:
             held: Counter[str] = Counter()
             for chunk in group[_COLUMNS]:
                 about = chunk[_META_DATA]
+                if not 0 <= about[_COMPRESSED] <= size:
+                    raise LookupError(f"a column of {about[_COMPRESSED]} bytes in a file of {size}")
                 held[about[_PATH][0].decode()] += about[_COMPRESSED]
             found.append(dict(held))
     except (LookupError, TypeError, AttributeError, RecursionError, UnicodeDecodeError) as e:

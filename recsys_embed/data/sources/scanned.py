@@ -9,6 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
+from recsys_embed.data.polars_errors import POLARS_ERRORS
 from recsys_embed.data.sources.base import Chunk, Source, file_record, unreadable, want_columns
 from recsys_embed.utils.types import JSON
 
@@ -59,6 +60,8 @@ class ScannedFiles(Source):
             count = min(rows, self.length(file) - at)
             with readable(path):
                 frame = self.scan(file).slice(at, count).select(read).collect()
+                if read and len(frame) != count:
+                    raise ValueError(f"its {self.length(file)} rows, as it tells them, are not those it holds")
             added = self.added(file, [c for c in wanted if c not in own], count)
             # A frame without columns has no rows to add to.
             frame = frame.with_columns(added) if read else pl.DataFrame(added)
@@ -74,5 +77,5 @@ def readable(path: Path) -> Iterator[None]:
     """Tell which file could not be read."""
     try:
         yield
-    except (OSError, ValueError, pl.exceptions.PolarsError) as e:
+    except (OSError, ValueError, *POLARS_ERRORS) as e:
         raise unreadable(path, e) from e

@@ -53,6 +53,21 @@ class Mask(ctypes.Structure):
     ]
 
 
+class Train(ctypes.Structure):
+    """Slices of tensor trains, whose products are ``out``, or whose gradients are ``of_columns``."""
+
+    _fields_: ClassVar = [
+        ("cores", c_int64),
+        ("widths", c_int64 * 4),
+        ("ranks", c_int64 * 5),
+        ("count", c_int64),
+        ("columns", c_void_p),
+        ("out", c_void_p),
+        ("gradient", c_void_p),
+        ("of_columns", c_void_p),
+    ]
+
+
 class Call(ctypes.Structure):
     """One lookup: programs, ids, tables, outputs."""
 
@@ -155,15 +170,16 @@ def library() -> Library | str:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}"
+    other = f"{path.name} was built from other sources; install again"
+    if not hasattr(handle, "rse_train"):
+        return other
     handle.rse_select.restype = c_char_p
     handle.rse_record_sizes.restype = c_int64
-    sizes = [handle.rse_record_sizes(c_int64(i)) for i in range(6)]
-    own = [TRANSFORM.itemsize, ROW_LOOKUP.itemsize, FEATURE.itemsize, *map(ctypes.sizeof, (Call, Update, Mask))]
-    layout = getattr(handle, "rse_transform_layout", None) if hasattr(handle, "rse_update_rows") else None
-    if layout is not None:
-        layout.restype = c_char_p
-    if sizes != own or layout is None or layout() != LAYOUT.encode():
-        return f"{path.name} was built from other sources; install again"
+    sizes = [handle.rse_record_sizes(c_int64(i)) for i in range(7)]
+    own = [TRANSFORM.itemsize, ROW_LOOKUP.itemsize, FEATURE.itemsize, *map(ctypes.sizeof, (Call, Update, Mask, Train))]
+    handle.rse_transform_layout.restype = c_char_p
+    if sizes != own or handle.rse_transform_layout() != LAYOUT.encode():
+        return other
     handle.rse_rules.restype = c_char_p
     wanted = os.environ.get("RECSYS_EMBED_CPU")
     if wanted is not None and wanted not in VARIANTS:
@@ -175,6 +191,8 @@ def library() -> Library | str:
     handle.rse_backward.argtypes = [c_void_p, c_void_p, c_int]
     handle.rse_catch_up.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64]
     handle.rse_update_rows.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
+    handle.rse_train.argtypes = [c_void_p, c_int64]
+    handle.rse_train.restype = c_int
     handle.rse_mask.argtypes = handle.rse_mask_backward.argtypes = [c_void_p, c_int64]
     handle.rse_forward.restype = handle.rse_backward.restype = handle.rse_catch_up.restype = c_int
     handle.rse_update_rows.restype = c_int

@@ -59,7 +59,7 @@ def memory_report(
             Names mean torch's where tables have a ``.grad`` and this library's fused ones for plans and schemas.
             Tables that a collection updates itself keep its optimizer. None: that of the source, else not counted.
         dense_optimizer: of everything else; None: ``optimizer`` where it is torch's, else not counted.
-        precision: of the deployed weights; None: as held now.
+        precision: of the deployed weights; None: that of the plan, and as held now without one.
         batch_size: samples per step, for gradients and lookups.
         ids_per_sample: ids of one sample, for all features or by name.
         stats: counts per id by feature (``{"C1": counts}``); or the content of a ``stats.json`` or a data folder, whose

@@ -158,6 +158,37 @@ def test_damaged_footers_are_told(footer: bytes, tmp_path: Path) -> None:
         column_bytes(path)
 
 
+def number(n: int) -> bytes:
+    """An integer of two bytes as footers have it."""
+    return bytes([2 * n & 127 | 128, 2 * n >> 7])
+
+
+def test_footers_that_lie_about_rows_are_told(tmp_path: Path) -> None:
+    """Polars panics where their numbers contradict each other."""
+    path, rows = tmp_path / "a.parquet", list(range(200))
+    pl.DataFrame({"n": rows}).write_parquet(path, row_group_size=100, statistics=False)
+    whole = path.read_bytes()
+    end = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    outcomes = []
+    for told, other in ((200, 201), (200, 400), (100, 99), (100, 101), (100, 64), (100, 200)):
+        places = [i for i in range(end, len(whole) - 8) if whole[i : i + 2] == number(told)]
+        assert places
+        for at in places:
+            path.write_bytes(whole[:at] + number(other) + whole[at + 2 :])
+            try:
+                got = [n for c in open_source(path).chunks(0, 0, 70) for n in c.frame["n"].to_list()]
+            except DataError as e:
+                outcomes.append(str(e).startswith(f"{path}: cannot be read"))
+            else:
+                assert got == rows
+    assert outcomes
+    assert all(outcomes)
+    at = whole.index(number(200), end)
+    path.write_bytes(whole[:at] + number(150) + whole[at + 2 :])
+    with pytest.raises(ValueError, match="150 rows, of which the row groups hold 200"):
+        column_bytes(path)
+
+
 def test_row_groups_that_memory_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     frame = pl.DataFrame({"y": [0, 1] * 40_000, "n": np.random.default_rng(0).random(80_000)})
