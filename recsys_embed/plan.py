@@ -143,6 +143,19 @@ class Plan:
     def __iter__(self) -> Iterator[str]:
         return iter(self.configs)
 
+    def __str__(self) -> str:
+        """A line per feature, its method and why, and what the planner came to."""
+        lines = [
+            f"{name}: {config.method}" + (f"; {self.reasons[name]}" if name in self.reasons else "")
+            for name, config in self.configs.items()
+        ]
+        if self.notes is not None:
+            lines += [
+                f"{self.notes.bytes:,} of {self.notes.budget:,} bytes to {self.notes.target}",
+                *self.notes.warnings,
+            ]
+        return "\n".join(lines)
+
     def __len__(self) -> int:
         return len(self.configs)
 

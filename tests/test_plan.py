@@ -205,3 +205,13 @@ def test_sets_of_ids_travel_with_the_plan_into_collections_and_models() -> None:
             members_of(set_text(torch.tensor([beyond]), size), size - 4 if size > 8 else 7)
     with pytest.raises(ConfigError, match="takes 4 distinct ids"):
         rse.EmbeddingCollection(schema, Plan(plan.configs, sets={"a": {"kept": set_text(kept[:3], 100)}}))
+
+
+def test_a_printed_plan_says_what_was_chosen_and_why() -> None:
+    schema = Schema([FeatureSpec("user", 5000, 16), FeatureSpec("item", 3000, 16)])
+    plan = rse.plan_for_budget(schema, "100KiB")
+    lines = str(plan).splitlines()
+    assert [line.split("; ")[0] for line in lines[:2]] == [f"{name}: {plan[name].method}" for name in plan]
+    assert plan.notes is not None
+    assert lines[2] == f"{plan.notes.bytes:,} of {100 * 1024:,} bytes to serve"
+    assert str(Plan.full(schema)) == "user: full\nitem: full"
