@@ -253,6 +253,20 @@ def test_a_table_that_drop_ins_share_counts_once_when_loaded(precision: str, tmp
     assert loaded <= 64 * 1024
 
 
+def test_tied_tables_stand_for_one_full_table_when_loaded(tmp_path: Path) -> None:
+    def build() -> nn.ModuleDict:
+        model = nn.ModuleDict({"item": nn.Embedding(3000, 16), "history": nn.EmbeddingBag(3000, 16, mode="mean")})
+        model["history"].weight = model["item"].weight
+        return model
+
+    model = build()
+    rse.compress_(model, Plan.uniform(Schema.from_model(model), "lowdim", budget="64KiB"))
+    rse.export(model, tmp_path / "model.safetensors")
+    report = memory_report(rse.load(tmp_path / "model.safetensors", into=build()))
+    assert report.plain == 3000 * 16 * 4
+    assert next(a for a in report.alternatives() if a.method == "full").serve["fp32"] == 3000 * 16 * 4
+
+
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
 @pytest.mark.parametrize("info", METHODS, ids=lambda m: m.name)
 def test_a_state_dict_counts_what_its_model_counts(info: rse.MethodInfo, kind: str, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def alternatives(
     methods: Sequence[str] | None = None,
 ) -> list[Alternative]:
     """The cost of every registered method at a compression of ``ratio``; within 0.5 % per table."""
-    tables = [e for e in storages if e.spec is not None]
+    tables = _features(storages)
     shapes: dict[FeatureSpec, int] = {}
     for e in tables:
         shapes[_shape(e)] = max(shapes.get(_shape(e), 0), e.ids * e.width)
@@ -73,7 +73,16 @@ def alternatives(
 
 def dense_bytes(storages: Sequence[TableStorage], precision: Precision = "fp32") -> int:
     """Bytes of the full tables of the same features."""
-    return sum(stored_bytes(a, precision) for e in storages if e.spec is not None for a in _plain(_shape(e)).arrays)
+    return sum(stored_bytes(a, precision) for e in _features(storages) for a in _plain(_shape(e)).arrays)
+
+
+def _features(storages: Sequence[TableStorage]) -> list[TableStorage]:
+    """Storages that a full table would stand for, each once: loaded drop-ins of one feature read one table."""
+    found: dict[object, TableStorage] = {}
+    for e in storages:
+        if e.spec is not None:
+            found.setdefault((e.spec.name, e.ids, e.width, e.shared) if e.shared else id(e), e)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
