@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,14 @@ def fbtt_cores(state: Mapping[str, Any], table: int = 0) -> list[Tensor]:
     Raises:
         ConfigError: it has no cores, not this table, or a cache whose rows the cores do not hold.
     """
-    found = {int(m[1]): torch.as_tensor(v) for k, v in state.items() if (m := _FBTT.search(k))}
+    named = {k: m for k in state if (m := _FBTT.search(k))}
+    modules = sorted({k[: m.start()] for k, m in named.items()})
+    if len(modules) > 1:
+        raise ConfigError(
+            f"`state` has the cores of {len(modules)} modules, {', '.join(map(repr, modules[:8]))}; give the state "
+            "dict of one of them (cores of FBTT-Embedding)"
+        )
+    found = {int(m[1]): _core(state[k], k) for k, m in named.items()}
     faults = []
     if sorted(found) != list(range(len(found))) or not found:
         faults.append(f"`state` must have the cores `tt_cores.0`, `tt_cores.1`, ...; got keys {sorted(state)[:8]}")
@@ -50,7 +57,16 @@ def hetu_cores(cores: Cores) -> list[Tensor]:
         if len(numbers) != len(cores) or sorted(numbers) != list(range(len(numbers))):
             raise ConfigError(f"names of cores must end in _0, _1, ...; got {sorted(cores)[:8]}")
         cores = [numbers[k] for k in range(len(numbers))]
-    return [torch.as_tensor(core) for core in cores]
+    if not isinstance(cores, Iterable):
+        raise ConfigError(f"cores must be arrays in order or by name; got {type(cores).__name__}")
+    return [_core(core, str(k)) for k, core in enumerate(cores)]
+
+
+def _core(value: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ConfigError(f"core {name!r} must be an array; got {type(value).__name__}") from e
 
 
 def shapes_of_cores(cores: Sequence[Tensor], ranks: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -141,6 +141,11 @@ def test_cores_of_fbtt_are_read() -> None:
         TtEmbedding.from_fbtt({**state, "emb.cache_weight": torch.ones(3, 12)}, 100, ranks)
     with pytest.raises(ConfigError, match=r"tt_cores\.0"):
         TtEmbedding.from_fbtt({}, 100, ranks)
+    both = {f"{module}.tt_cores.{k}": torch.ones(1, 10, 8) for module in "ab" for k in range(2)}
+    with pytest.raises(ConfigError, match="2 modules, 'a', 'b'; give the state dict of one"):
+        TtEmbedding.from_fbtt(both, 100, [2])
+    with pytest.raises(ConfigError, match=r"core 'tt_cores\.0' must be an array; got NoneType"):
+        TtEmbedding.from_fbtt({"tt_cores.0": None}, 100, ranks)
 
 
 def test_cores_of_hetu_are_read() -> None:
