@@ -390,9 +390,10 @@ def test_drop_ins_run_them_too(method: Any, monkeypatch: pytest.MonkeyPatch) -> 
     wanted.square().sum().backward()
     for p, q in zip(ours.parameters(), oracle.parameters(), strict=True):
         torch.testing.assert_close(p.grad.double(), q.grad, rtol=1e-4, atol=1e-5)
-    # Full tables have torch's own lookup, with all of its options.
-    assert (ours._triton._made is None) == (method.name == "full")
-    assert oracle._triton._made is None
+    # Full tables have torch's own lookup, with all of its options; a network that reads the ids has no rows to look up.
+    if ours.program.row_lookups:
+        assert (ours._triton._made is None) == (method.name == "full")
+        assert oracle._triton._made is None
     torch.testing.assert_close(copy.deepcopy(ours)(ids), got)
 
 

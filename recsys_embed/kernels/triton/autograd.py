@@ -56,7 +56,7 @@ class _Lookup(Function):
         if ctx.updater is not None:
             ctx.updater(ctx.lookup, ids, ctx.tables, gradients, kept)
             return (None,) * len(ctx.needs_input_grad)
-        wanted = ctx.needs_input_grad[4:]
+        wanted = [needed and i in ctx.lookup.read for i, needed in enumerate(ctx.needs_input_grad[4:])]
         if ctx.layout == "rows":
             pointers.check(pointers.faults(ids, (ids.dtype,), 0, "ids", strided=True, device=ids.device))
             # Forward kept the rows that it found, so that nothing reads the index arrays again.

@@ -100,6 +100,7 @@ class TritonLookup:
         self._limits = list(limits)
         self._options = self._structure(features)
         self._reads = reads_by_storage(self.tables, list(storages.values()))
+        self.read = frozenset(number for number, _ in self._reads)
         self._devices: dict[torch.device, _Device] = {}
         self._addresses: dict[tuple[int, ...], Tensor] = {}
 
@@ -342,6 +343,8 @@ class TritonLookup:
     ) -> list[Tensor | None]:
         """Gradients of the tables: dense; or by row, which waits for the device to count the rows.
 
+        None for storages that the lookup does not read.
+
         Args:
             wanted: of which storages; None for the others.
         """
@@ -349,19 +352,19 @@ class TritonLookup:
         self._check(ids, tables, gradients)
         with on_device(ids):
             source = self._source(ids, gradients, kept) if ids.shape[0] else None
-        out: list[Tensor | None] = []
+        out: list[Tensor | None] = [None] * len(tables)
         for number, reads in self._reads:
             table = tables[number]
             if wanted is not None and not wanted[number]:
-                out.append(None)
-            elif layout == "dense":
+                continue
+            if layout == "dense":
                 with on_device(ids):
-                    out.append(torch.zeros_like(table) if source is None else
-                               self._dense(reads, kept.found, source, table))  # fmt: skip
+                    out[number] = (torch.zeros_like(table) if source is None else
+                                   self._dense(reads, kept.found, source, table))  # fmt: skip
             else:
                 with on_device(ids):
                     rows, values = self._rows(reads, kept.found, source, table)
-                out.append(_by_row(layout, rows, values, table))
+                out[number] = _by_row(layout, rows, values, table)
         return out
 
     def _dense(self, reads: StorageReads, found: Tensor, source: Source, table: Tensor) -> Tensor:
