@@ -128,7 +128,8 @@ def test_is_torchs_padding() -> None:
         torch.testing.assert_close(coll.table("a.weight"), bag.weight.detach() - bag.weight.grad)
 
 
-@pytest.mark.parametrize("unseen", [None, pytest.param("zero", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("unseen", [None, "zero"])
 def test_compiled(unseen: Any) -> None:
     method = rse.registry.get_method("hash")
     coll = collection(method, "auto", True, unseen=unseen)

@@ -17,6 +17,7 @@ from tests.compress.models import Model, snapshot, uniform
 # -- options and what else a module carries ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(
     padding=st.sampled_from([None, 0, -1, 7]),

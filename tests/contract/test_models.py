@@ -9,6 +9,6 @@ from recsys_embed.testing import check_model
 from tests.tiers import slow_but
 
 
-@pytest.mark.parametrize("model", slow_but(list_models(), "deepfm", "twotower", "sasrec"))
+@pytest.mark.parametrize("model", slow_but(list_models(), "twotower"))
 def test_model(model: str) -> None:
     check_model(model)

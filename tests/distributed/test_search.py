@@ -16,6 +16,7 @@ from tests.distributed.workers import Workers
 optuna = pytest.importorskip("optuna")
 
 
+@pytest.mark.slow
 def test_a_group_is_one_worker_of_a_study(workers: Workers, tmp_path: Path) -> None:
     """Four processes run three trials, one of which cannot be; a single process adds two to the same study."""
     make_synthetic(tmp_path / "raw", 600, seed=3, text_only=True)

@@ -47,6 +47,7 @@ def test_every_method_in_one_model(tmp_path: Path) -> None:
     assert weights + index <= stored <= weights + index + 20_000, "no optimizer state, nothing twice"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "only"), [(None, ()), *zoo.MODES])
 def test_every_drop_in(mode: str | None, only: tuple[str, ...], tmp_path: Path) -> None:
     module = zoo.DropIns(mode, only, padding_idx=None if mode is None else 7)

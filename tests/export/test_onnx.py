@@ -84,6 +84,7 @@ class Bags(nn.Module):
         return {mode: part(ids, offsets) for mode, part in self.parts.items()}
 
 
+@pytest.mark.slow
 def test_bags(tmp_path: Path) -> None:
     module = Bags()
     # Empty bags first, in between and last; one of padding alone; ids in no order.
@@ -150,7 +151,7 @@ def test_somebody_elses_model(tmp_path: Path) -> None:
     assert {o.type for o in session(written.files[0]).get_outputs()} == {"tensor(float)", "tensor(bool)"}
 
 
-@pytest.mark.parametrize("precision", slow_but(["fp16", "int8", "int4"], "int4"))
+@pytest.mark.parametrize("precision", slow_but(["fp16", "int8", "int4"]))
 def test_what_an_export_loads(precision: str, tmp_path: Path) -> None:
     written = to_onnx(zoo.served(precision, tmp_path), tmp_path / "served.onnx")
     assert written.check is not None

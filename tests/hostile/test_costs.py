@@ -165,6 +165,7 @@ ENCODERS: dict[str, tuple[str, Callable[..., None]]] = {
 }
 
 
+@pytest.mark.slow
 def test_encoders_cost_what_they_weigh(tmp_path: Path) -> None:
     samples.served(tmp_path / "served")
     jobs = []

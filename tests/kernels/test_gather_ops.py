@@ -63,7 +63,7 @@ def same_bits(plan: Plan | None, rule: FusedOptimizer, compiler: str = "aot_eage
         *(
             pytest.param(
                 make_rule(name, lr=0.1, weight_decay=0.01, rows="all"),
-                marks=() if name in ("ftrl", "sgd") else pytest.mark.slow,
+                marks=() if name == "ftrl" else pytest.mark.slow,
             )
             for name in list_rules()
         ),

@@ -210,7 +210,9 @@ def criteo(dim: int = 16) -> Schema:
     return Schema([FeatureSpec(f"C{i}", n, dim) for i, n in enumerate(CRITEO, 1)])
 
 
-@pytest.mark.parametrize("ratio", [4, 10, 50])
+@pytest.mark.parametrize(
+    "ratio", [4, pytest.param(10, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.slow)]
+)
 def test_a_mixed_plan_is_predicted_to_lose_no_more_than_any_single_method(ratio: int) -> None:
     schema, stats = criteo(), ranked(criteo())
     terms = curve_terms(schema, {k: FrequencyCurve.from_counts(v) for k, v in stats.items()})

@@ -143,7 +143,7 @@ print(killed)
 """
 
 
-@pytest.mark.parametrize("kind", slow_but(KINDS, "optembed"))
+@pytest.mark.parametrize("kind", slow_but(KINDS))
 def test_a_search_killed_at_random_moments_loses_at_most_one_step(kind: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED, kind, str(tmp_path)],

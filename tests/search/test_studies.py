@@ -368,6 +368,7 @@ def test_workers_share_a_study_without_losing_or_repeating_a_trial(tmp_path):
     assert len({t.user_attrs["owner"] for t in trials}) == 2, "both took part"
 
 
+@pytest.mark.slow
 def test_the_command_leaves_a_front_and_a_point_of_it_is_trained_and_exported(tmp_path, capsys):
     folder = tmp_path / "data"
     make_synthetic(folder, rows=3000, seed=1)
