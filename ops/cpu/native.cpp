@@ -102,23 +102,30 @@ class Scratch {
   std::vector<Block> blocks_;
 };
 
+// Floats of a vector register. GCC's macros of instruction sets do not follow the pragmas below.
+#define RSE_FLOATS 4
 namespace plain {
 #include "kernels.inl"
 }
+#undef RSE_FLOATS
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define RSE_WIDE 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2,popcnt,f16c")
+#define RSE_FLOATS 8
 namespace avx2 {
 #include "kernels.inl"
 }
+#undef RSE_FLOATS
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2,popcnt,f16c,prefer-vector-width=512")
+#define RSE_FLOATS 16
 namespace avx512 {
 #include "kernels.inl"
 }
+#undef RSE_FLOATS
 #pragma GCC pop_options
 #endif
 
