@@ -5,6 +5,7 @@
 #include "gather.inl"
 #include "masks.inl"
 #include "lookup.inl"
+#include "rounding.inl"
 #include "rules.inl"
 #include "rows.inl"
 #include "slices.inl"

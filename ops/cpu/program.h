@@ -102,6 +102,13 @@ struct Train {
   float* of_columns;
 };
 
+// How rows that train in few bits are stored: codes u = q + 2^(bits - 1) of values q * step, or 16-bit floats.
+struct Stored {
+  i64 kind, bytes;                                 // precision, and bytes from one row to the next
+  i64 seed, stochastic;                            // of the rounding; not stochastic: to nearest
+  double step;                                     // distance of two codes
+};
+
 // An optimizer's rule, and the state it keeps of one storage.
 struct Rule {
   i64 number;                                      // place among the rules of rules.inl; or one of those above

@@ -6,15 +6,7 @@
 
 template <int W>
 static inline float mean_square(const float* g, i64 w) {
-  float total = 0.f;
-  auto wide = Lanes<16>::all(0.f);
-  blocks<W>(w, [&](auto lanes, i64 k) {
-    const auto v = lanes.load(g + k);
-    if constexpr (sizeof(v) == sizeof(wide)) wide += v * v;
-    else total += lanes.sum(v * v);
-  });
-  if (!W || W >= 16) total += Lanes<16>::sum(wide);
-  return total / float(width_of<W>(w));
+  return row_sum<W>(w, [&](auto lanes, i64 k) { return lanes.load(g + k) * lanes.load(g + k); }) / float(width_of<W>(w));
 }
 
 // Buffer of one row, in registers if its width is known at compile time.
