@@ -173,15 +173,11 @@ static inline __attribute__((always_inline)) void scale_row(float* weight, const
   });
 }
 
-// Applies the steps up to `to` that a row was not read in: their gradient is the weight decay alone.
+// Makes steps [from, to] of a row without a gradient: their gradient is the weight decay alone.
 template <int W>
-static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w) {
-  if (!u.last || u.last[row] >= to) return;
-  // Steps before the first of the log are part of every row.
-  const i64 width = width_of<W>(w), place = row * width, from = std::max<i64>(u.last[row], u.first) + 1;
+static inline void step_without_gradient(const Update& u, float* weight, i64 row, i64 from, i64 to, i64 w) {
+  const i64 width = width_of<W>(w), place = row * width;
   const float decay = float(u.decay);
-  float* weight = table + place;
-  u.last[row] = i32(to);
   Rules::with(u.rule, [&](const auto& rule) {
     using R = std::decay_t<decltype(rule)>;
     if constexpr (R::by_row) {
@@ -198,6 +194,21 @@ static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 
       });
     }
   });
+}
+
+// Rows that train in few bits are rounded in each step, whether it was deferred or not.
+template <int W>
+static inline void catch_up_stored(const Update& u, float* table, i64 row, i64 from, i64 to, i64 w);
+
+// Applies the steps up to `to` that a row was not read in.
+template <int W>
+static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w) {
+  if (!u.last || u.last[row] >= to) return;
+  // Steps before the first of the log are part of every row.
+  const i64 from = std::max<i64>(u.last[row], u.first) + 1;
+  u.last[row] = i32(to);
+  if (u.stored.bytes) return catch_up_stored<W>(u, table, row, from, to, w);
+  step_without_gradient<W>(u, table + row * width_of<W>(w), row, from, to, w);
 }
 
 // A row and its summed gradient.
@@ -218,38 +229,47 @@ static void hand_out(const Update& u, const Summed* rows, i64 count, i64 at, i64
   }
 }
 
+// One step of a row; overwrites its gradient.
+template <int W, class R>
+static inline __attribute__((always_inline)) void step_row(const Update& u, const R& rule, float* weight, float* g, i64 row, float size, float eps, float decay, i64 w) {
+  const i64 width = width_of<W>(w);
+  if (decay != 0)
+    blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(g + k, lanes.load(g + k) + lanes.load(weight + k) * decay); });
+  if constexpr (R::by_row) {
+    scale_row<W, R>(weight, g, rule.factors(u.rule, row, u.step, mean_square<W>(g, w), size, eps), width);
+  } else {
+    const float sized = rule.sized(u, row, size);
+    each_block<W, R>(u.rule, weight, row * width, width, [&](auto lanes, i64 k, typename decltype(lanes)::V& x, typename decltype(lanes)::V& a, typename decltype(lanes)::V& b) {
+      rule.run(lanes, lanes.load(g + k), x, a, b, sized, eps);
+    });
+  }
+}
+
+#include "low_precision.inl"
+
 // One step on each row; overwrites its gradient. The rule is chosen once for all rows: for narrow rows, choosing it takes
 // half of the time.
 template <int W>
 static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w) {
   if (u.rule.number < 0) return hand_out<W>(u, rows, count, at, w);
+  if (u.stored.bytes) return update_stored_rows<W>(u, table, rows, count, w);
   const i64 width = width_of<W>(w);
   const float size = size_of(u, u.step), eps = epsilon_of(u, u.step), decay = float(u.decay);
   Rules::with(u.rule, [&](const auto& rule) {
-    using R = std::decay_t<decltype(rule)>;
     for (i64 i = 0; i < count; i++) {
-      const i64 row = rows[i].row, place = row * width;
-      float *weight = table + place, *g = rows[i].gradient;
+      const i64 row = rows[i].row;
       if (u.last) {
         catch_up<W>(u, table, row, u.step - 1, w);
         u.last[row] = i32(u.step);
       }
-      if (decay != 0)
-        blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(g + k, lanes.load(g + k) + lanes.load(weight + k) * decay); });
-      if constexpr (R::by_row) {
-        scale_row<W, R>(weight, g, rule.factors(u.rule, row, u.step, mean_square<W>(g, w), size, eps), width);
-      } else {
-        const float sized = rule.sized(u, row, size);
-        each_block<W, R>(u.rule, weight, place, width, [&](auto lanes, i64 k, typename decltype(lanes)::V& x, typename decltype(lanes)::V& a, typename decltype(lanes)::V& b) {
-          rule.run(lanes, lanes.load(g + k), x, a, b, sized, eps);
-        });
-      }
+      step_row<W>(u, rule, table + row * width, rows[i].gradient, row, size, eps, decay, w);
     }
   });
 }
 
 static inline void prefetch_state(const Update& u, const float* table, i64 row, i64 width) {
-  if (u.rule.number >= 0) prefetch<1>(table + row * width, 4 * width);
+  if (u.stored.bytes) prefetch<1>(reinterpret_cast<const char*>(table) + row * u.stored.bytes, u.stored.bytes);
+  else if (u.rule.number >= 0) prefetch<1>(table + row * width, 4 * width);
   for (i64 i = 0; i < 4 && u.rule.state[i]; i++) {
     if (i < u.rule.elements) prefetch<1>(u.rule.state[i] + row * width, 4 * width);
     else prefetch<1>(u.rule.state[i] + row, 4);

@@ -32,7 +32,7 @@ from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.masks import Masking
 from recsys_embed.kernels.places import Gather, read_rows
-from recsys_embed.kernels.storage import stack_tables
+from recsys_embed.kernels.storage import formats_of, stack_tables
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.unseen_ids import UnseenCount
 from recsys_embed.optim import FusedOptimizer, unfused_parameters
@@ -107,7 +107,7 @@ class EmbeddingCollection(FusedTables):
         if kernels:
             _say_what_torch_runs(plan.gathered(schema), backend if by_name else None)
         shapes, places = stack_tables(tables)
-        super().__init__(shapes, optimizer, like.device, like.dtype, backend)
+        super().__init__(shapes, optimizer, like.device, like.dtype, backend, formats_of(tables, places), seed)
         self.schema, self.plan, self.seed, self.sparse = schema, plan, seed, sparse
         self.tables, self.places = tables, places
         # What a loaded export reads in place of its tables.

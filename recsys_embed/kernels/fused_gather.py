@@ -10,6 +10,7 @@ from torch.autograd import Function
 
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.derivatives import needs_torch_gradients, refuse_further_derivatives
+from recsys_embed.kernels.low_precision_table import step_rows
 from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer, RowGradient, sum_duplicates
 
@@ -103,6 +104,6 @@ def apply_update(
     before = weight.index_select(0, touched).to(work)
     if optimizer.weight_decay:
         sums = sums.add(before, alpha=optimizer.weight_decay)
-    weight[touched] = optimizer.checked_update(before, sums, picked, log.rates[-1], log.step).to(weight.dtype)
+    step_rows(weight, touched, optimizer.checked_update(before, sums, picked, log.rates[-1], log.step), log.step)
     for name, values in picked.items():
         state[name][touched] = values.to(state[name].dtype)
