@@ -361,12 +361,12 @@ class EmbeddingCollection(FusedTables):
 
     def footprint(self) -> Footprint:
         """Bytes held: weights, index buffers, optimizer state, and with ``optimizer=None`` the tables' gradients."""
-        weights = sum(p.numel() * p.element_size() for p in self.parameters())
+        weights = sum(p.nbytes for p in self.parameters())
         state = sum(getattr(self, f"{name}_{key}").nbytes for name, key in self._states())
         index = sum(store.nbytes for store in self.modules() if isinstance(store, IndexStore))
         gradient = sum(p.nbytes for p in unfused_parameters(self))
         served = sum((m.footprint() for m in self.modules() if isinstance(m, StoredTables)), Footprint())
-        unrounded = sum(size * table.elements - table.nbytes(size) for table, size in self._held_tables())
+        unrounded = sum(table.trained_bytes(size) - table.nbytes(size) for table, size in self._held_tables())
         return served + Footprint(weights - unrounded, index, state, gradient, unrounded)
 
     def _held_tables(self) -> Iterator[tuple[Table, int]]:

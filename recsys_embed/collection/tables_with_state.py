@@ -28,13 +28,12 @@ from recsys_embed.collection.optimizer_state import (
     without_state,
 )
 from recsys_embed.collection.writes import note_writes, refuse_writes
-from recsys_embed.core import hashing
 from recsys_embed.core.row_format import RowFormat
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.derivatives import catching_up
 from recsys_embed.kernels.gather_ops import catch_up_all
-from recsys_embed.kernels.low_precision_table import LowPrecisionTable
+from recsys_embed.kernels.low_precision_table import allocate_table, apply_apart, load_stored, save_stored
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native import row_steps
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
@@ -115,11 +114,7 @@ class TablesWithState(nn.Module):
         formats = formats or {}
         self.optimizer, self.storages, self.backend = optimizer, tuple(shapes), backend
         for name, (rows, width) in shapes.items():
-            if name in formats:
-                bits_seed = hashing.salt(seed, "rounding", name)
-                weight = LowPrecisionTable.allocate(rows, width, formats[name], device, bits_seed)
-            else:
-                weight = allocate(rows, width, device, dtype)
+            weight = allocate_table(name, rows, width, device, dtype, formats.get(name), seed)
             self.register_parameter(name, nn.Parameter(weight))
             for key, kind in optimizer.tensors.items() if optimizer else ():
                 number = torch.int32 if kind == "step" else torch.float32
@@ -157,15 +152,8 @@ class TablesWithState(nn.Module):
         if "to_empty" in getattr(fn, "__qualname__", ""):
             self._unfilled = frozenset(self.storages)
             self._step_logs = {name: StepLog() for name in self.storages}
-        narrow = {n: p for n in self.storages if isinstance(p := self._parameters.get(n), LowPrecisionTable)}
-        for name in narrow:
-            del self._parameters[name]
-        super()._apply(fn, recurse)
-        for name in self.storages:
-            # In their order, which is that of their optimizers' state.
-            held = narrow[name].moved(fn) if name in narrow else self._parameters.pop(name, None)
-            if held is not None:
-                self.register_parameter(name, held)
+        with apply_apart(self, fn):
+            super()._apply(fn, recurse)
         self._own_parameters()
         for name, before in kept.items():
             moved = getattr(self, name)
@@ -361,9 +349,7 @@ class TablesWithState(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.catch_up_()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, weight in zip(self.storages, self._weights(), strict=True):
-            if isinstance(weight, LowPrecisionTable):
-                destination[prefix + name] = weight.stored
+        save_stored(self, destination, prefix)
         if self.optimizer is None:
             return
         self._count_copied_steps()
@@ -418,10 +404,7 @@ class TablesWithState(nn.Module):
             version = metadata.get("version") if self._in_backward else 2
             states = {name: self._state(name) for name in self.storages}
             saved = take_state(state_dict, prefix, self.optimizer, states, version, lacking)
-        for name, weight in zip(self.storages, self._weights(), strict=True):
-            held = state_dict.get(prefix + name)
-            if isinstance(weight, LowPrecisionTable) and isinstance(held, Tensor):
-                state_dict[prefix + name] = weight.as_table(held)
+        load_stored(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         self._own_parameters()
         if self.optimizer is not None and loaded:

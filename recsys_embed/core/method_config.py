@@ -60,7 +60,9 @@ class MethodConfig(ABC):
     renamed_values: ClassVar[Mapping[str, Mapping[str, Option]]] = {}
 
     seed: int = param(0, "salts hashes and initial weights")
-    precision: Precision = param("fp32", "of rows in exported files; they train unrounded unless `quantization` says so")
+    precision: Precision = param(
+        "fp32", "of rows in exported files; they train unrounded unless `quantization` says so"
+    )
     quantization: Quantization = param(
         "ptq", "how rows get to `precision`: rounded once trained, or stored in it while they train (lpt)"
     )

@@ -21,7 +21,7 @@ from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.heads import Head, PooledCombination, Projection
 from recsys_embed.core.index import Index
 from recsys_embed.core.precision import matrix_bytes, table_bytes
-from recsys_embed.core.row_format import RowFormat, Rounding
+from recsys_embed.core.row_format import Rounding, RowFormat
 from recsys_embed.core.transforms import Hash, MixedRadixDigit, Murmur, RankInSet, Sharing, Transform
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import MAX_ROWS, FeatureSpec
@@ -72,6 +72,11 @@ class Initializer:
         """The initial distribution of a full table of ``spec``, its scale times ``factor``."""
         distribution, scale = spec.initial_distribution()
         return cls(distribution, scale * factor)
+
+    @property
+    def reach(self) -> float:
+        """Size that nearly all weights stay within: four standard deviations."""
+        return abs(self.loc) + self.scale * (4 if self.distribution == "normal" else 1)
 
     def fill_(self, out: Tensor, seed: int) -> Tensor:
         """Fill ``out`` in place; values only depend on ``seed`` and the shape, not on device or threads."""
@@ -327,13 +332,13 @@ class LookupProgram:
 
     def trained_at(self, precision: str, step: float | None = None, rounding: Rounding = "stochastic") -> LookupProgram:
         """The same program with rows that are stored at a precision while they train."""
-        return replace(
-            self,
-            tables=tuple(
-                t if t.dense else replace(t, training=RowFormat.of(precision, t.width, t.init, step, rounding))
-                for t in self.tables
-            ),
-        )
+
+        def trained(table: Table) -> Table:
+            format = RowFormat.of(precision, table.width, table.init.reach, step, rounding)
+            # Served as they train: narrow rows, too, which train as 16-bit floats.
+            return replace(table, training=format, precision=format.kind)
+
+        return replace(self, tables=tuple(t if t.dense else trained(t) for t in self.tables))
 
     def reach_faults(self, ids: int) -> list[str]:
         """Faults of tables with fewer rows than ids in ``[0, ids)`` can reach; if that is unknown, lookups check."""

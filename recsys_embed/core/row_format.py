@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,14 +17,11 @@ from torch import Tensor
 from recsys_embed.core import stochastic_rounding as rounding
 from recsys_embed.core.precision import BITS, FLOATS, NARROW, unpacked
 
-if TYPE_CHECKING:
-    from recsys_embed.core.program import Initializer
-
 Quantization = Literal["ptq", "lpt"]
 Rounding = Literal["stochastic", "nearest"]
 TRAINED = ("int8", "int4", "fp16", "bf16")
 """Precisions in which rows can train."""
-DEFAULT_STEPS = {"int8": 2.0**-9, "int4": 2.0**-6}
+DEFAULT_STEPS = {"int8": 2.0**-9, "int4": 2.0**-8}
 """Distances of two codes, unless the initial weights need more."""
 STEP_BYTES = 2
 
@@ -52,7 +49,7 @@ class RowFormat:
 
     @classmethod
     def of(
-        cls, kind: str, width: int, init: Initializer, step: float | None = None, rounding: Rounding = "stochastic"
+        cls, kind: str, width: int, reach: float, step: float | None = None, rounding: Rounding = "stochastic"
     ) -> RowFormat:
         """The format of a table's rows at a fixed step.
 
@@ -61,14 +58,13 @@ class RowFormat:
 
         Args:
             kind: of wide rows.
-            init: initial weights, which the codes have to reach.
+            reach: of the initial weights, which codes have to span.
             step: by default that of :data:`DEFAULT_STEPS`.
         """
         stochastic = rounding == "stochastic"
         if kind not in BITS or width < NARROW:
             return cls("bf16" if kind in BITS else kind, stochastic=stochastic)
         if step is None:
-            reach = abs(init.loc) + init.scale * (4 if init.distribution == "normal" else 1)
             least = reach / (1 << (BITS[kind] - 1))
             step = max(DEFAULT_STEPS[kind], 2.0 ** math.ceil(math.log2(least)) if least > 0 else 0.0)
         return cls(kind, as_half(step), stochastic=stochastic)

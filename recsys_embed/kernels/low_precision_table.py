@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.core.hashing import salt
+from recsys_embed.core.program import Table
 from recsys_embed.core.row_format import RowFormat
 from recsys_embed.core.stochastic_rounding import random_words
 from recsys_embed.errors import ConfigError
@@ -24,8 +27,8 @@ class LowPrecisionTable(WrapperTensor):
 
     Lookups decode the rows that they read. Fused update rules step rows in float32 and write them back by stochastic
     rounding. For any other operation of torch it is the decoded table: a copy, which takes 4 bytes per element for as
-    long as it lives. What is assigned, copied or drawn into it is rounded to nearest; other operations in place, such as
-    the step of a torch optimizer, round stochastically.
+    long as it lives. What is assigned, copied or drawn into it is rounded to nearest; other operations in place, such
+    as the step of a torch optimizer, round stochastically.
 
     Args:
         stored: ``[rows, items]`` of the format's dtype.
@@ -64,11 +67,6 @@ class LowPrecisionTable(WrapperTensor):
         """A table whose rows nothing has filled."""
         return cls(torch.empty(rows, format.items(width), dtype=format.dtype, device=device), format, width, seed)
 
-    @classmethod
-    def allocate(cls, rows: int, width: int, format: RowFormat, device: torch.device, seed: int) -> LowPrecisionTable:
-        """As :meth:`empty`, on huge pages if the OS allows."""
-        return cls(allocate(rows, format.items(width), device, format.dtype), format, width, seed)
-
     def like(self, stored: Tensor) -> LowPrecisionTable:
         """A table of other stored rows."""
         return LowPrecisionTable(stored, self.format, self.shape[1], self.seed)
@@ -87,10 +85,6 @@ class LowPrecisionTable(WrapperTensor):
         """Bytes that are held."""
         return self.stored.nbytes
 
-    def element_size(self) -> int:
-        """Refused: an element may take half a byte."""
-        raise ConfigError("elements of a table of few bits take no whole bytes; ask it for nbytes")
-
     # -- rows -----------------------------------------------------------------------------------------------------
 
     def read(self, rows: Tensor) -> Tensor:
@@ -102,6 +96,10 @@ class LowPrecisionTable(WrapperTensor):
         size = max(1, _CHUNK // self.shape[1])
         for start in range(0, len(self.stored), size):
             yield start, self.stored[start : start + size]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Values of rows ``[start, stop)``: float32, a copy."""
+        return self.format.decode(self.stored[start:stop], self.shape[1])
 
     def to_dense(self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None) -> Tensor:
         """The values: float32 ``[rows, width]``."""
@@ -152,7 +150,9 @@ class LowPrecisionTable(WrapperTensor):
 
     def _again(self, stored: Tensor) -> LowPrecisionTable:
         """The same, a parameter as this is, of other stored rows."""
-        return _rebuild(stored, self.format, self.shape[1], self.seed, self.requires_grad, isinstance(self, nn.Parameter))
+        return _rebuild(
+            stored, self.format, self.shape[1], self.seed, self.requires_grad, isinstance(self, nn.Parameter)
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         is_parameter = isinstance(self, nn.Parameter)
@@ -175,11 +175,11 @@ class LowPrecisionTable(WrapperTensor):
         """Whether processes share the memory of the rows."""
         return self.stored.is_shared()
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LowPrecisionTable({list(self.shape)}, {self.format}, device={str(self.device)!r})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -197,12 +197,57 @@ def _rebuild(
     stored: Tensor, format: RowFormat, width: int, seed: int, requires_grad: bool, is_parameter: bool
 ) -> LowPrecisionTable:
     out = LowPrecisionTable(stored, format, width, seed)
-    return cast("LowPrecisionTable", nn.Parameter(out, requires_grad)) if is_parameter else out.requires_grad_(requires_grad)
+    if is_parameter:
+        return cast("LowPrecisionTable", nn.Parameter(out, requires_grad))
+    out.requires_grad_(requires_grad)
+    return out
 
 
-def of_few_bits(table: object) -> bool:
-    """Whether a table trains in few bits."""
-    return isinstance(table, LowPrecisionTable)
+def allocate_table(
+    name: str, rows: int, width: int, device: torch.device, dtype: torch.dtype, format: RowFormat | None, seed: int
+) -> Tensor:
+    """Memory for a table, on huge pages if the OS allows: of a format, with random bits by seed and name; or floats."""
+    if format is None:
+        return allocate(rows, width, device, dtype)
+    stored = allocate(rows, format.items(width), device, format.dtype)
+    return LowPrecisionTable(stored, format, width, salt(seed, "rounding", name))
+
+
+def new_table(table: Table, seed: int, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+    """Memory for the parameter of a table."""
+    empty = torch.empty(0 if table.training else table.shape, device=device, dtype=dtype)
+    if table.training is None:
+        return empty
+    return allocate_table(table.name, table.rows, table.width, empty.device, empty.dtype, table.training, seed)
+
+
+@contextmanager
+def apply_apart(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Around ``nn.Module._apply``, which exchanges memory of tensors: tables of few bits are moved, never converted."""
+    held = {name: p for name, p in module._parameters.items() if isinstance(cast("object", p), LowPrecisionTable)}
+    for name in held:
+        module._parameters[name] = None
+    try:
+        yield
+    finally:
+        for name, table in held.items():
+            module._parameters[name] = cast("nn.Parameter", cast("LowPrecisionTable", table).moved(fn))
+
+
+def save_stored(module: nn.Module, destination: dict[str, Any], prefix: str) -> None:
+    """Put stored rows into a state dict in the place of the tables that hold them."""
+    for name, p in module._parameters.items():
+        table = cast("object", p)
+        if isinstance(table, LowPrecisionTable) and prefix + name in destination:
+            destination[prefix + name] = table.stored
+
+
+def load_stored(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Put tables into a state dict in the place of stored rows, before ``nn.Module`` copies them."""
+    for name, p in module._parameters.items():
+        table, saved = cast("object", p), state_dict.get(prefix + name)
+        if isinstance(table, LowPrecisionTable) and isinstance(saved, Tensor):
+            state_dict[prefix + name] = table.as_table(saved)
 
 
 def stored_rows(table: Tensor) -> Tensor:
@@ -246,7 +291,7 @@ def _converted(table: LowPrecisionTable, *, dtype: Any = None, device: Any = Non
 
 def _slice(table: LowPrecisionTable, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     if dim != 0:
-        return NotImplemented if dim == 1 and not start and (end is None or end >= table.shape[1]) else NotImplemented
+        return NotImplemented
     return table.like(aten.slice.Tensor(table.stored, 0, start, end, step))
 
 
@@ -336,8 +381,8 @@ def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     arguments = func._schema.arguments
     if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
         raise ConfigError(
-            f"{func.name().removeprefix('aten::')}: a table of few bits has views of its rows alone, `table[start:stop]`; "
-            "read to_dense(), a copy, or write rows, `table[rows] = values`"
+            f"{func.name().removeprefix('aten::')}: a table of few bits has views of its rows alone, "
+            "`table[start:stop]`; read to_dense(), a copy, or write rows, `table[rows] = values`"
         )
     dense: dict[int, Tensor] = {}
 

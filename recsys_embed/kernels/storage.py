@@ -57,9 +57,7 @@ def stack_tables(tables: Mapping[str, Table]) -> tuple[dict[str, tuple[int, int]
 
 def formats_of(tables: Mapping[str, Table], places: Mapping[str, Place]) -> dict[str, RowFormat]:
     """The formats of the storages that train in few bits, by name."""
-    return {
-        places[key].storage: t.training for key, t in tables.items() if key in places and t.training is not None
-    }
+    return {places[key].storage: t.training for key, t in tables.items() if key in places and t.training is not None}
 
 
 def advise_huge_pages(tensor: Tensor) -> bool:

@@ -35,9 +35,9 @@ def moved_mean(mean: Tensor, square: Tensor, rest: float) -> Tensor:
 
 
 def mean_square(grad: Tensor) -> Tensor:
-    """The mean square of each row of ``grad [n, width]``: ``[n, 1]``, in the order of the compiled kernels, bit for bit.
+    """The mean square of each row of ``grad [n, width]``: ``[n, 1]``, with the bits of the compiled kernels.
 
-    These sum 16 columns side by side, then those behind them in fours.
+    These sum 16 columns side by side, and those behind them in fours.
 
     >>> mean_square(torch.tensor([[1.0, 2.0, 3.0]])).item() == torch.tensor(14.0).div(3).item()
     True

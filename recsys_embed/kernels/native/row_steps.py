@@ -151,8 +151,7 @@ def catch_up(
     count = table.shape[0] if rows is None else rows.numel()
     threads = torch.get_num_threads() if count >= WORTH_A_THREAD else 1
     listed = None if rows is None else address(rows, torch.int64, count, "rows to read")
-    if not checked(
-        loaded().handle.rse_catch_up(pointers.of_record(updates), _address_of(table), table.shape[1], threads, listed, count)
-    ):
+    at, width = _address_of(table), table.shape[1]
+    if not checked(loaded().handle.rse_catch_up(pointers.of_record(updates), at, width, threads, listed, count)):
         raise IdRangeError(f"rows to read must be in [0, {table.shape[0]}), the rows of their table")
     increment_version([table, *state.values()])
