@@ -108,18 +108,23 @@ namespace plain {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define RSE_WIDE 1
+// RSE_AVX names the registers' instructions, since GCC before version 13 does not define __AVX2__ for these pragmas.
+#define RSE_AVX 2
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2,popcnt,f16c")
 namespace avx2 {
 #include "kernels.inl"
 }
 #pragma GCC pop_options
+#undef RSE_AVX
+#define RSE_AVX 512
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2,popcnt,f16c,prefer-vector-width=512")
 namespace avx512 {
 #include "kernels.inl"
 }
 #pragma GCC pop_options
+#undef RSE_AVX
 #endif
 
 struct Variant {
