@@ -114,6 +114,12 @@ class Stored(ctypes.Structure):
     ]
 
 
+class StateForm(ctypes.Structure):
+    """How elements of a state are stored: in 16 or 8 bits; or, with 0, as floats or integers."""
+
+    _fields_: ClassVar = [("bits", c_int64), ("has_sign", c_int64), ("least", c_int64)]
+
+
 class Rule(ctypes.Structure):
     """An optimizer's rule and its state for one storage."""
 
@@ -124,6 +130,9 @@ class Rule(ctypes.Structure):
         ("state", c_void_p * 4),
         ("curve", c_void_p),
         ("curve_count", c_int64),
+        ("rounded", c_int64),
+        ("seed", c_int64),
+        ("forms", StateForm * 4),
     ]
 
 
