@@ -90,6 +90,7 @@ static void read_floats(const Group& g, const Found& found, i64 n, const Matrix&
   const i64 width = width_of<W>(g.width);
   const i64 count = COUNT ? COUNT : g.count;
   found.each<COUNT>(g, n, 4 * width, out, [&](const char* const* rows, const float* factors, float* o) {
+    if (COUNT == 1 && !rows[0]) return blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(o + k, lanes.all(g.empty)); });
     blocks<W>(width, [&](auto lanes, i64 k) {
       auto value = [&](i64 j) {
         const float* q = reinterpret_cast<const float*>(rows[j]);
@@ -97,7 +98,7 @@ static void read_floats(const Group& g, const Found& found, i64 n, const Matrix&
         if (FACTOR) v *= factors[j];
         return v;
       };
-      auto v = rows[0] ? value(0) : lanes.all(g.empty);
+      auto v = COUNT == 1 || rows[0] ? value(0) : lanes.all(g.empty);
       for (i64 j = 1; j < count; j++)
         if (rows[j]) v = J == MUL ? v * value(j) : v + value(j);
       lanes.store(o + k, v);

@@ -12,13 +12,12 @@ from torch import Tensor
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
 from recsys_embed.collection import backward_steps
-from recsys_embed.collection.batched_lookup import BatchedFeatures, TritonBatchedLookup
+from recsys_embed.collection.lookup_bundle import LookupBundle
 from recsys_embed.core.codes import Codes, CodesIndex
 from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.program import Initializer, LookupProgram, RankInSet, RowLookup, Table
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
-from recsys_embed.plan import table_key
 
 pytestmark = pytest.mark.compiled
 _TYPES = {
@@ -94,20 +93,15 @@ def step(method: str, dtype: torch.dtype, optimizer: rse.SGD | None, **params: A
         Plan.uniform(SCHEMA, method, budget="4MiB", full_below=1, **params) if method != "full" else Plan.full(SCHEMA)
     )
     coll = EmbeddingCollection(SCHEMA, plan, optimizer, dtype=dtype, backend="torch")
-    places = [
-        {t.name: coll.places[table_key(spec, t)] for t in program.tables if not t.dense}
-        for spec, program in zip(SCHEMA, coll.bundle.programs.values(), strict=True)
-    ]
-    bundle, numbers = coll.bundle, range(len(SCHEMA))
-    storages = {name: tuple(getattr(coll, name).shape) for name in coll.storages}
-    features = BatchedFeatures(
-        SCHEMA, numbers, numbers, numbers, list(bundle.programs.values()), places, bundle.kernel.index, storages,
-        bundle.unseen, bundle.heads, bundle.vectors, bundle.output_dim,
-    )  # fmt: skip
-    batched = TritonBatchedLookup(features, [], "triton")
-    ids = torch.zeros(50, 2, dtype=torch.int64)
     tables = [getattr(coll, name) for name in coll.storages]
-    outputs = batched._look_up(ids, tables, step=coll._native_step(coll._record(False), False) if optimizer else None)
+    storages = {name: tuple(getattr(coll, name).shape) for name in coll.storages}
+    like = next(coll.parameters())
+    bundle = LookupBundle(SCHEMA, coll.plan, coll.places, storages, like, "triton", ["triton"])
+    if not bundle.batched:
+        return
+    ids = torch.zeros(50, 2, dtype=torch.int64)
+    record = coll._native_step(coll._record(False), False) if optimizer else None
+    outputs = bundle.batched["triton"]._outputs(ids, tables, record, False, None)
     torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
 
 
@@ -173,8 +167,8 @@ def test_every_form_of_index_compiles(launches: Launches) -> None:
     assert wide(launches["forward"], "ld") == 4 * per_thread(2048, torch.float32, 4)
 
 
-# Of computed rows, a network reads no table, and slices of a tensor train are so wide that the compiler takes minutes.
-@pytest.mark.parametrize("method", [m.name for m in rse.list_methods() if m.name not in ("dhe", "tt")])
+@pytest.mark.parametrize("method", [m.name for m in rse.list_methods()])
 def test_every_method_compiles(launches: Launches, method: str) -> None:
+    """Rows of generators are so wide that the compiler takes minutes: torch gathers them, as it runs networks."""
     step(method, torch.float16, None)
-    assert "forward" in launches
+    assert ("forward" in launches) == (method not in ("dhe", "tt"))
