@@ -153,7 +153,7 @@ using PoolRows = bool (*)(const Call&, const Feature&, i64, i64, float*, i64);
 
 template <i64 KIND>
 static PoolRows pool_of(i64 width) {
-#if defined(RSE_AVX)
+#if RSE_FLOATS >= 8
   switch (width) {
     case 8: return pool_rows<KIND, 8>;
     case 16: return pool_rows<KIND, 16>;

@@ -111,8 +111,6 @@ namespace plain {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define RSE_WIDE 1
-// RSE_AVX names the registers' instructions, since GCC before version 13 does not define __AVX2__ for these pragmas.
-#define RSE_AVX 2
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2,popcnt,f16c")
 #define RSE_FLOATS 8
@@ -121,8 +119,6 @@ namespace avx2 {
 }
 #undef RSE_FLOATS
 #pragma GCC pop_options
-#undef RSE_AVX
-#define RSE_AVX 512
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2,popcnt,f16c,prefer-vector-width=512")
 #define RSE_FLOATS 16
@@ -131,7 +127,6 @@ namespace avx512 {
 }
 #undef RSE_FLOATS
 #pragma GCC pop_options
-#undef RSE_AVX
 #endif
 
 struct Variant {
@@ -222,6 +217,14 @@ RSE_API int rse_forward(const Call* c) try {
   return good ? DONE : OUT_OF_RANGE;
 } catch (const std::bad_alloc&) {
   return NO_MEMORY;
+}
+
+// Whether n offsets start at 0, never decrease, and end at `count`; or, not `closed`, there or below.
+RSE_API i64 rse_offsets_fit(const i64* offsets, i64 n, i64 count, i64 closed) {
+  if (n < 1 || offsets[0] != 0 || offsets[n - 1] > count || (closed && offsets[n - 1] != count)) return 0;
+  i64 falls = 0;
+  for (i64 i = 1; i < n; i++) falls |= offsets[i] < offsets[i - 1];
+  return !falls;
 }
 
 // One step of all storages; with `catch_up`, only the deferred steps of the batch's rows, as needed before rse_forward.
