@@ -29,7 +29,7 @@ struct Line {
   float scale, bias;
 };
 
-#if defined(__AVX2__) && defined(__F16C__)
+#if RSE_FLOATS >= 8
 // The conversions below by hand, because GCC widens bytes to integers one by one.
 static inline Line line_of(i64 kind, const unsigned char* row) {
   i32 both;
@@ -75,7 +75,7 @@ struct Block<8> {
   }
 };
 
-#if defined(__AVX512F__)
+#if RSE_FLOATS == 16
 template <>
 struct Block<16> {
   typedef Lanes<16>::V V;
@@ -141,7 +141,7 @@ static inline typename Lanes<N>::V decoded(const unsigned char* row, i64 k, Line
     const int code = KIND == INT8 ? codes[k] : KIND == INT4 ? codes[k / 2] >> (4 * (k & 1)) & 15 : codes[k / 4] >> (2 * (k & 3)) & 3;
     return float(code) * line.scale + line.bias;
   } else {
-#if defined(__AVX2__) && defined(__F16C__)
+#if RSE_FLOATS >= 8
     typedef Block<N> B;
     if constexpr (KIND == FP16) return B::halves(row + 2 * k);
     else if constexpr (KIND == BF16) return B::brain_halves(row + 2 * k);

@@ -192,7 +192,7 @@ def library() -> Library | str:
     except OSError as error:
         return f"{path.name} does not load: {error}"
     other = f"{path.name} was built from other sources; install again"
-    if not hasattr(handle, "rse_store_rows"):
+    if not hasattr(handle, "rse_offsets_fit"):
         return other
     handle.rse_select.restype = c_char_p
     handle.rse_record_sizes.restype = c_int64
@@ -219,6 +219,8 @@ def library() -> Library | str:
     handle.rse_mask.argtypes = handle.rse_mask_backward.argtypes = [c_void_p, c_int64]
     handle.rse_forward.restype = handle.rse_backward.restype = handle.rse_catch_up.restype = c_int
     handle.rse_update_rows.restype = c_int
+    handle.rse_offsets_fit.argtypes = [c_void_p, c_int64, c_int64, c_int64]
+    handle.rse_offsets_fit.restype = c_int64
     handle.rse_mask.restype = handle.rse_mask_backward.restype = c_int
     return Library(handle, name.decode(), _share_threads(handle), tuple(handle.rse_rules().decode().split()))
 
