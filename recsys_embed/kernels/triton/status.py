@@ -42,7 +42,7 @@ def knows(optimizer: FusedOptimizer | None) -> bool:
         return why_not() is None
     from recsys_embed.kernels.triton.rules import RULES
 
-    return rule_name(optimizer) in RULES and optimizer.state_precision == "fp32"
+    return rule_name(optimizer) in RULES
 
 
 @cache
