@@ -150,6 +150,22 @@ def test_every_method_trains_resumes_and_exports_its_codes(method: Any, tmp_path
     )
 
 
+@pytest.mark.skipif(not NATIVE, reason="no native kernels")
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bags_are_read_and_stepped_alike(kind: str, weighted: bool) -> None:
+    made = [collection(SGD(0.1), b, 16, precision=kind) for b in ("native", "torch")]
+    lengths = torch.tensor([3, 0, 1, 4, 2, 2])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids = torch.randint(300, (int(offsets[-1]),))
+    weights = torch.tensor([0.5, 2.0]).repeat(6) if weighted else None
+    out = [coll(ids, offsets, weights) for coll in made]
+    torch.testing.assert_close(*out)
+    for vectors in out:
+        (vectors * torch.arange(32.0).view(2, 16)).sum().backward()
+    assert torch.equal(*(stored(coll)[0] for coll in made))
+
+
 def test_state_dicts_hold_codes_and_runs_resume_bit_for_bit() -> None:
     whole = train(collection(RowwiseAdagrad(0.05)), 6)
     half = train(collection(RowwiseAdagrad(0.05)), 3)

@@ -6,15 +6,10 @@ static inline unsigned char* stored_at(const Update& u, float* table, i64 row) {
 
 template <int W>
 static inline void catch_up_stored(const Update& u, float* table, i64 row, i64 from, i64 to, i64 w) {
-  const i64 width = width_of<W>(w);
-  unsigned char* const stored = stored_at(u, table, row);
-  Row<W> memory(width);
-  decode_row(u.stored.kind, stored, width, memory.data(), float(u.stored.step));
+  StoredRow<W> weights(u, table, row, width_of<W>(w));
   for (i64 t = from; t <= to; t++) {
-    step_without_gradient<W>(u, memory.data(), row, t, t, w);
-    const Random random = random_of(random_base(u.stored.seed, t), row);
-    round_row<W>(u.stored, memory.data(), w, stored, u.stored.stochastic ? &random : nullptr);
-    decode_row(u.stored.kind, stored, width, memory.data(), float(u.stored.step));
+    step_without_gradient<W>(u, weights.read(), row, t, t, w);
+    weights.write(t);
   }
 }
 

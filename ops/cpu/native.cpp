@@ -219,6 +219,14 @@ RSE_API int rse_forward(const Call* c) try {
   return NO_MEMORY;
 }
 
+// Whether n offsets start at 0, never decrease, and end at `count`; or, not `closed`, there or below.
+RSE_API i64 rse_offsets_fit(const i64* offsets, i64 n, i64 count, i64 closed) {
+  if (n < 1 || offsets[0] != 0 || offsets[n - 1] > count || (closed && offsets[n - 1] != count)) return 0;
+  i64 falls = 0;
+  for (i64 i = 1; i < n; i++) falls |= offsets[i] < offsets[i - 1];
+  return !falls;
+}
+
 // One step of all storages; with `catch_up`, only the deferred steps of the batch's rows, as needed before rse_forward.
 RSE_API int rse_backward(const Call* c, const Update* updates, int catch_up) try {
   std::unique_lock<std::mutex> lock(scratch_lock, std::try_to_lock);

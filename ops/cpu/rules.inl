@@ -173,6 +173,55 @@ static inline __attribute__((always_inline)) void scale_row(float* weight, const
   });
 }
 
+// A row of a table as floats: itself, or a copy that is rounded where it is written back.
+template <int W>
+class StoredRow {
+ public:
+  StoredRow(const Update& u, float* table, i64 row, i64 width)
+      : u_(u), row_(row), width_(width), memory_(width), stored_(reinterpret_cast<unsigned char*>(table) + row * u.stored.bytes),
+        floats_(u.stored.bytes ? memory_.data() : table + row * width) {}
+
+  float* read() {
+    if (u_.stored.bytes) decode_row(u_.stored.kind, stored_, width_, floats_, float(u_.stored.step));
+    return floats_;
+  }
+
+  // In a step of the optimizer.
+  void write(i64 step) {
+    if (!u_.stored.bytes) return;
+    const Random random = random_of(random_base(u_.stored.seed, step), row_);
+    round_row<W>(u_.stored, floats_, width_, stored_, u_.stored.stochastic ? &random : nullptr);
+  }
+
+ private:
+  const Update& u_;
+  i64 row_, width_;
+  Row<W> memory_;
+  unsigned char* stored_;
+  float* floats_;
+};
+
+template <int W>
+static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w);
+
+// As catch_up, with state that each step rounds, and rows of floats or of few bits.
+template <int W>
+static void catch_up_rounded(const Update& u, float* table, i64 row, i64 to, i64 w) {
+  const i64 width = width_of<W>(w);
+  RowState state(u, width);
+  StoredRow<W> weights(u, table, row, width);
+  state.step.stored.bytes = 0;
+  for (i64 t = std::max<i64>(u.last[row], u.first) + 1; t <= to; t++) {
+    i32 last = i32(t - 1);
+    state.step.last = &last;
+    state.read(u.rule, row, width);
+    catch_up<W>(state.step, weights.read(), 0, t, width);
+    weights.write(t);
+    state.write(u.rule, row, width, t);
+  }
+  u.last[row] = i32(to);
+}
+
 // Makes steps [from, to] of a row without a gradient: their gradient is the weight decay alone.
 template <int W>
 static inline void step_without_gradient(const Update& u, float* weight, i64 row, i64 from, i64 to, i64 w) {
@@ -204,6 +253,7 @@ static inline void catch_up_stored(const Update& u, float* table, i64 row, i64 f
 template <int W>
 static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w) {
   if (!u.last || u.last[row] >= to) return;
+  if (u.rule.rounded) return catch_up_rounded<W>(u, table, row, to, w);
   // Steps before the first of the log are part of every row.
   const i64 from = std::max<i64>(u.last[row], u.first) + 1;
   u.last[row] = i32(to);
@@ -247,11 +297,36 @@ static inline __attribute__((always_inline)) void step_row(const Update& u, cons
 
 #include "low_precision.inl"
 
+template <int W>
+static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w);
+
+// As update_rows, with state that each step rounds, and rows of floats or of few bits.
+template <int W>
+static void update_rows_rounded(const Update& u, float* table, const Summed* rows, i64 count, i64 w) {
+  const i64 width = width_of<W>(w);
+  RowState state(u, width);
+  state.step.stored.bytes = 0;
+  for (i64 i = 0; i < count; i++) {
+    const i64 row = rows[i].row;
+    if (u.last) {
+      catch_up<W>(u, table, row, u.step - 1, width);
+      u.last[row] = i32(u.step);
+    }
+    StoredRow<W> weights(u, table, row, width);
+    state.read(u.rule, row, width);
+    const Summed alone{0, rows[i].gradient};
+    update_rows<W>(state.step, weights.read(), &alone, 1, 0, width);
+    weights.write(u.step);
+    state.write(u.rule, row, width, u.step);
+  }
+}
+
 // One step on each row; overwrites its gradient. The rule is chosen once for all rows: for narrow rows, choosing it takes
 // half of the time.
 template <int W>
 static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w) {
   if (u.rule.number < 0) return hand_out<W>(u, rows, count, at, w);
+  if (u.rule.rounded) return update_rows_rounded<W>(u, table, rows, count, w);
   if (u.stored.bytes) return update_stored_rows<W>(u, table, rows, count, w);
   const i64 width = width_of<W>(w);
   const float size = size_of(u, u.step), eps = epsilon_of(u, u.step), decay = float(u.decay);
@@ -271,8 +346,8 @@ static inline void prefetch_state(const Update& u, const float* table, i64 row, 
   if (u.stored.bytes) prefetch<1>(reinterpret_cast<const char*>(table) + row * u.stored.bytes, u.stored.bytes);
   else if (u.rule.number >= 0) prefetch<1>(table + row * width, 4 * width);
   for (i64 i = 0; i < 4 && u.rule.state[i]; i++) {
-    if (i < u.rule.elements) prefetch<1>(u.rule.state[i] + row * width, 4 * width);
-    else prefetch<1>(u.rule.state[i] + row, 4);
+    const i64 bytes = (i < u.rule.elements ? width : 1) * (u.rule.forms[i].bits ? u.rule.forms[i].bits / 8 : 4);
+    prefetch<1>(reinterpret_cast<const char*>(u.rule.state[i]) + row * bytes, bytes);
   }
   if (u.last) prefetch<1>(u.last + row, 4);
 }

@@ -28,6 +28,7 @@ from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
 from recsys_embed.kernels.fused_gather import FusedGather
 from recsys_embed.kernels.id_checks import check_id_dtype, given_ids
 from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.low_precision_table import LowPrecisionTable
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.masks import Masking
@@ -107,7 +108,13 @@ class EmbeddingCollection(FusedTables):
         if kernels:
             _say_what_torch_runs(plan.gathered(schema), backend if by_name else None)
         shapes, places = stack_tables(tables)
-        super().__init__(shapes, optimizer, like.device, like.dtype, backend, formats_of(tables, places), seed)
+        formats = formats_of(tables, places)
+        if formats and by_name and backend == "triton":
+            raise BackendError(
+                "backend 'triton' does not step rows that train in few bits (`quantization='lpt'`); use backend "
+                "'auto', 'native' or 'torch'"
+            )
+        super().__init__(shapes, optimizer, like.device, like.dtype, backend, formats, seed)
         self.schema, self.plan, self.seed, self.sparse = schema, plan, seed, sparse
         self.tables, self.places = tables, places
         # What a loaded export reads in place of its tables.
@@ -254,6 +261,11 @@ class EmbeddingCollection(FusedTables):
         Raises:
             IdRangeError: names the first feature with an unseen id that neither its ``unseen`` nor its method takes.
         """
+        if torch.compiler.is_compiling() and any(isinstance(t, LowPrecisionTable) for t in self._parameters.values()):
+            raise ConfigError(
+                "torch.compile and torch.export do not trace rows that train in few bits; leave the collection out "
+                "(torch.compiler.disable), or export() and load() the model, whose rows are plain tensors"
+            )
         stepping = self._stepping
         if not stepping:
             self._catch_up_before_reading()

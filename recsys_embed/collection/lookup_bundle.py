@@ -170,8 +170,7 @@ class LookupBundle(Constants):
             rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or place[part[0]] not in run]
             for name in kernels:
                 computed = generated - left if BATCHED_LOOKUPS[name].reads_generated else set[int]()
-                known = sorted({*run, *computed})
-                if not known:
+                if not (known := sorted({*run, *computed})):
                     continue
                 if not end:
                     self._makers[name] = features_of(known)

@@ -18,6 +18,7 @@ from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.program import Initializer, LookupProgram, RankInSet, RowLookup, Table
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
+from recsys_embed.optim import make_rule
 
 pytestmark = pytest.mark.compiled
 _TYPES = {
@@ -27,6 +28,7 @@ _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.uint8: "*u8",
 }
 _OPTIONS = ("num_warps", "num_stages")
 
@@ -155,6 +157,12 @@ def test_composed_tables(
     assert wide(launches["forward"], "ld") == row_lookups * per_thread(2048, dtype, 4)
     if "spread" in launches:
         assert wide(launches["spread"], "st") > 0
+
+
+@pytest.mark.parametrize(("rule", "precision"), [("adam", "8bit"), ("adam", "bf16"), ("rowwise_adagrad", "8bit")])
+def test_state_of_few_bits_compiles(launches: Launches, rule: str, precision: Any) -> None:
+    step("full", torch.float32, make_rule(rule, lr=0.1, state_precision=precision))
+    assert {"sum_pieces", "join_pieces", "update_touched"} <= set(launches)
 
 
 def test_every_form_of_index_compiles(launches: Launches) -> None:

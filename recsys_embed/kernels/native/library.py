@@ -115,6 +115,12 @@ class Stored(ctypes.Structure):
     ]
 
 
+class StateForm(ctypes.Structure):
+    """How elements of a state are stored: in 16 or 8 bits; or, with 0, as floats or integers."""
+
+    _fields_: ClassVar = [("bits", c_int64), ("has_sign", c_int64), ("least", c_int64)]
+
+
 class Rule(ctypes.Structure):
     """An optimizer's rule and its state for one storage."""
 
@@ -125,6 +131,9 @@ class Rule(ctypes.Structure):
         ("state", c_void_p * 4),
         ("curve", c_void_p),
         ("curve_count", c_int64),
+        ("rounded", c_int64),
+        ("seed", c_int64),
+        ("forms", StateForm * 4),
     ]
 
 
@@ -185,7 +194,7 @@ def library() -> Library | str:
     except OSError as error:
         return f"{path.name} does not load: {error}"
     other = f"{path.name} was built from other sources; install again"
-    if not hasattr(handle, "rse_store_rows"):
+    if not hasattr(handle, "rse_offsets_fit"):
         return other
     handle.rse_select.restype = c_char_p
     handle.rse_record_sizes.restype = c_int64
@@ -212,6 +221,8 @@ def library() -> Library | str:
     handle.rse_mask.argtypes = handle.rse_mask_backward.argtypes = [c_void_p, c_int64]
     handle.rse_forward.restype = handle.rse_backward.restype = handle.rse_catch_up.restype = c_int
     handle.rse_update_rows.restype = c_int
+    handle.rse_offsets_fit.argtypes = [c_void_p, c_int64, c_int64, c_int64]
+    handle.rse_offsets_fit.restype = c_int64
     handle.rse_mask.restype = handle.rse_mask_backward.restype = c_int
     return Library(handle, name.decode(), _share_threads(handle), tuple(handle.rse_rules().decode().split()))
 
