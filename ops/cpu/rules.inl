@@ -186,7 +186,8 @@ static void catch_up_rounded(const Update& u, float* table, i64 row, i64 to, i64
     state.step.last = &last;
     state.read(u.rule, row, width);
     catch_up<W>(state.step, table + row * width, 0, t, width);
-    state.write(u.rule, row, width, t);
+    state.begin(u.rule, t);
+    state.write(u.rule, row, width);
   }
   u.last[row] = i32(to);
 }
@@ -254,7 +255,7 @@ static void update_rows_rounded(const Update& u, float* table, const Summed* row
     state.read(u.rule, row, width);
     const Summed alone{0, rows[i].gradient};
     update_rows<W>(state.step, table + row * width, &alone, 1, 0, width);
-    state.write(u.rule, row, width, u.step);
+    state.write(u.rule, row, width);
   }
 }
 
