@@ -1,9 +1,9 @@
 // Reads the ids of a batch in chunks and transforms them to rows. Part of kernels.inl.
 
-template <int WRITE = 0>
+template <int WRITE = 0, int LEVEL = 3>
 static inline void prefetch(const void* address, i64 bytes) {
 #if defined(__GNUC__)
-  for (i64 at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(address) + at, WRITE);
+  for (i64 at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(address) + at, WRITE, LEVEL);
 #endif
 }
 
