@@ -5,6 +5,8 @@
 #include "gather.inl"
 #include "masks.inl"
 #include "lookup.inl"
+#include "rounding.inl"
+#include "states.inl"
 #include "rules.inl"
 #include "rows.inl"
 #include "marks.inl"

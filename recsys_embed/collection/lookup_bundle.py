@@ -166,10 +166,12 @@ class LookupBundle(Constants):
             )  # fmt: skip
 
         for left, found, end in zip(left_to_torch, (self.batched, self.batched_bags), ("", "_bags"), strict=True):
-            known = [j for j in range(len(specs)) if j not in left]
-            run = [j for j in known if j not in generated]
+            run = [j for j in range(len(specs)) if j not in left | generated]
             rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or place[part[0]] not in run]
-            for name in kernels if known else ():
+            for name in kernels:
+                computed = generated - left if BATCHED_LOOKUPS[name].reads_generated else set[int]()
+                if not (known := sorted({*run, *computed})):
+                    continue
                 if not end:
                     self._makers[name] = features_of(known)
                 if end and rest == (self.batched[name].rest if name in self.batched else None):
@@ -178,7 +180,7 @@ class LookupBundle(Constants):
                 found[name] = BATCHED_LOOKUPS[name](features_of(run), rest, f"{name}{end}")
                 found[name].ordered = self._add_order(found[name].order, self._batched_parts(found[name]), device)
                 # Rows that only one call reads can be stepped by it; those that torch reads beside it are collected.
-                by_torch = [p for p in rest if p not in self._generated or place[self.parts[p][0]] in left]
+                by_torch = [p for p in rest if p not in self._generated or place[self.parts[p][0]] not in computed]
                 found[name].mixed = shares or bool(by_torch)
 
     def _batched_parts(self, batched: BatchedLookup) -> list[tuple[int, ...]]:

@@ -138,9 +138,11 @@ class CompressedEmbedding(ModuleTables):
             self.kernel = VectorisedLookup([self.program], [places], optional=self.unseen.zeros)
         self._indexed = bool(self.kernel.index.arrays.held)
         self._native: SingleLookup | None = None
+        self._triton: LazyLookup | None = None
         if self.program.row_lookups and supported(self.program):
             self._native = SingleLookup(self.program, self.kernel.index, self.unseen.zeros[0])
-            self._triton = LazyLookup.single(name, self.program, self.kernel.index, self.unseen.zeros[0])
+            if not self.program.generates:  # as collections leave these to torch on a GPU
+                self._triton = LazyLookup.single(name, self.program, self.kernel.index, self.unseen.zeros[0])
         self._given = frozenset(shared.values if shared is not None else ())
         self._seeded = config is not None or "seed" in params
         self.reset_parameters()
@@ -195,7 +197,7 @@ class CompressedEmbedding(ModuleTables):
         tables = [self.table(name) for name in self._native.tables]
         if runs_on(ids, tables):
             return self._native(ids, tables, self.sparse)
-        if status.runs_on(ids, tables):
+        if self._triton is not None and status.runs_on(ids, tables):
             return self._triton(ids.unsqueeze(1), tables, sparse=self.sparse)[0]
         return None
 

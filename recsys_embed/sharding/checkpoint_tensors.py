@@ -18,6 +18,7 @@ from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.collection.lookup_bundle import LookupBundle
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.optim import SGD, Adagrad, FusedOptimizer, RowwiseAdagrad
+from recsys_embed.optim.state_format import copy_state
 from recsys_embed.sharding.collection import ShardableCollection
 from recsys_embed.sharding.fused_updates import TableOptimizer
 from recsys_embed.sharding.optimizers import Optimizers, table_named
@@ -200,12 +201,16 @@ def unsharded_state_tensors(path: str, coll: EmbeddingCollection, saved: dict[st
         storage, offset = coll.places[key]
         for name, kind in rule.tensors.items() if rule is not None else ():
             rows = saved["state"][f"{storage}_{name}"][offset : offset + physical.rows]
-            stored = state_as_stored(rule, physical, kind, rows)  # type: ignore[arg-type]
+            stored = state_as_stored(rule, physical, kind, rule.formats[name].decoded(rows))  # type: ignore[union-attr, arg-type]
 
             def put(
-                rows: Tensor = rows, stored: Tensor = stored, physical: PhysicalTable = physical, kind: str = kind
+                name: str = name,
+                rows: Tensor = rows,
+                stored: Tensor = stored,
+                physical: PhysicalTable = physical,
+                kind: str = kind,
             ) -> None:
-                rows.copy_(state_by_row(rule, physical, kind, stored))  # type: ignore[arg-type]
+                copy_state(rule, name, rows, state_by_row(rule, physical, kind, stored))  # type: ignore[arg-type]
 
             yield CheckpointTensor(f"{path}/{key}:{name}", stored, put)
 
