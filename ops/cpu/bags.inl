@@ -84,8 +84,8 @@ class RowWindow {
 
   inline void fetch(i64 i) const {
     const unsigned char* row = table_ + i64(first_[i]) * bytes_;  // of -1 before the table, which a prefetch ignores
-    prefetch<0, 2>(row, bytes_);
-    prefetch<0, 2>(row + bytes_ - 1, 1);
+    prefetch<2>(row, bytes_);
+    prefetch<2>(row + bytes_ - 1, 1);
   }
 
   const Call& c_;

@@ -238,7 +238,16 @@ static void hand_out(const Update& u, const Summed* rows, i64 count, i64 at, i64
   }
 }
 
-template <int W>
+static inline __attribute__((always_inline)) void prefetch_state(const Update& u, const float* table, i64 row, i64 width) {
+  if (u.rule.number >= 0) prefetch<2>(table + row * width, 4 * width);
+  for (i64 i = 0; i < 4 && u.rule.state[i]; i++) {
+    const i64 bytes = (i < u.rule.elements ? width : 1) * (u.rule.forms[i].bits ? u.rule.forms[i].bits / 8 : 4);
+    prefetch<2>(reinterpret_cast<const char*>(u.rule.state[i]) + row * bytes, bytes);
+  }
+  if (u.last) prefetch<2>(u.last + row, 4);
+}
+
+template <int W, i64 AHEAD = 0>
 static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w);
 
 // As update_rows, with state that each step rounds.
@@ -259,9 +268,9 @@ static void update_rows_rounded(const Update& u, float* table, const Summed* row
   }
 }
 
-// One step on each row; overwrites its gradient. The rule is chosen once for all rows: for narrow rows, choosing it takes
-// half of the time.
-template <int W>
+// One step on each row; may overwrite its gradient with weight decay. The rule is chosen once for all rows: for narrow
+// rows, choosing it takes half of the time. AHEAD: rows that are prefetched before the one in work.
+template <int W, i64 AHEAD>
 static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w) {
   if (u.rule.number < 0) return hand_out<W>(u, rows, count, at, w);
   if (u.rule.rounded) return update_rows_rounded<W>(u, table, rows, count, w);
@@ -270,6 +279,7 @@ static void update_rows(const Update& u, float* table, const Summed* rows, i64 c
   Rules::with(u.rule, [&](const auto& rule) {
     using R = std::decay_t<decltype(rule)>;
     for (i64 i = 0; i < count; i++) {
+      if (AHEAD && i + AHEAD < count) prefetch_state(u, table, rows[i + AHEAD].row, width);
       const i64 row = rows[i].row, place = row * width;
       float *weight = table + place, *g = rows[i].gradient;
       if (u.last) {
@@ -288,13 +298,4 @@ static void update_rows(const Update& u, float* table, const Summed* rows, i64 c
       }
     }
   });
-}
-
-static inline void prefetch_state(const Update& u, const float* table, i64 row, i64 width) {
-  if (u.rule.number >= 0) prefetch<1>(table + row * width, 4 * width);
-  for (i64 i = 0; i < 4 && u.rule.state[i]; i++) {
-    const i64 bytes = (i < u.rule.elements ? width : 1) * (u.rule.forms[i].bits ? u.rule.forms[i].bits / 8 : 4);
-    prefetch<1>(reinterpret_cast<const char*>(u.rule.state[i]) + row * bytes, bytes);
-  }
-  if (u.last) prefetch<1>(u.last + row, 4);
 }
