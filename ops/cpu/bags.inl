@@ -84,8 +84,8 @@ class RowWindow {
 
   inline void fetch(i64 i) const {
     const unsigned char* row = table_ + i64(first_[i]) * bytes_;  // of -1 before the table, which a prefetch ignores
-    prefetch<0, 2>(row, bytes_);
-    prefetch<0, 2>(row + bytes_ - 1, 1);
+    prefetch<2>(row, bytes_);
+    prefetch<2>(row + bytes_ - 1, 1);
   }
 
   const Call& c_;
@@ -180,8 +180,6 @@ static PoolRows choose_pool_of_rows(const Call& c, const Feature& f) {
     case INT2: return pool_of<INT2>(width);
     case STEP_INT8: return pool_of<STEP_INT8>(width);
     case STEP_INT4: return pool_of<STEP_INT4>(width);
-    case ROW_STEP_INT8: return pool_of<ROW_STEP_INT8>(width);
-    case ROW_STEP_INT4: return pool_of<ROW_STEP_INT4>(width);
     default: return pool_of<FP8>(width);
   }
 }

@@ -13,7 +13,7 @@ static inline void catch_up_stored(const Update& u, float* table, i64 row, i64 f
   }
 }
 
-template <i64 KIND, int W>
+template <i64 KIND, int W, i64 AHEAD>
 static void update_rows_of(const Update& u, float* table, const Summed* rows, i64 count, i64 w) {
   const i64 width = width_of<W>(w);
   const float size = size_of(u, u.step), eps = epsilon_of(u, u.step), decay = float(u.decay), distance = float(u.stored.step);
@@ -24,6 +24,7 @@ static void update_rows_of(const Update& u, float* table, const Summed* rows, i6
   float* const weight = memory.data();
   Rules::with(u.rule, [&](const auto& rule) {
     for (i64 i = 0; i < count; i++) {
+      if (AHEAD && i + AHEAD < count) prefetch_state(u, table, rows[i + AHEAD].row, width);
       const i64 row = rows[i].row;
       if (u.last) {
         catch_up<W>(u, table, row, u.step - 1, w);
@@ -39,14 +40,12 @@ static void update_rows_of(const Update& u, float* table, const Summed* rows, i6
 }
 
 // One step on each row; overwrites its gradient.
-template <int W>
+template <int W, i64 AHEAD>
 static void update_stored_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 w) {
   switch (u.stored.kind) {
-    case FP16: return update_rows_of<FP16, W>(u, table, rows, count, w);
-    case BF16: return update_rows_of<BF16, W>(u, table, rows, count, w);
-    case STEP_INT8: return update_rows_of<STEP_INT8, W>(u, table, rows, count, w);
-    case STEP_INT4: return update_rows_of<STEP_INT4, W>(u, table, rows, count, w);
-    case ROW_STEP_INT8: return update_rows_of<ROW_STEP_INT8, W>(u, table, rows, count, w);
-    default: return update_rows_of<ROW_STEP_INT4, W>(u, table, rows, count, w);
+    case FP16: return update_rows_of<FP16, W, AHEAD>(u, table, rows, count, w);
+    case BF16: return update_rows_of<BF16, W, AHEAD>(u, table, rows, count, w);
+    case STEP_INT8: return update_rows_of<STEP_INT8, W, AHEAD>(u, table, rows, count, w);
+    default: return update_rows_of<STEP_INT4, W, AHEAD>(u, table, rows, count, w);
   }
 }

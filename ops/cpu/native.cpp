@@ -17,6 +17,9 @@
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
 #endif
@@ -61,7 +64,8 @@ void parallel(i64 threads, F&& fn) {
   if (region.failed) throw std::bad_alloc();
 }
 
-// Temporary memory of a backward. It is reused by the next, because the page faults of new memory cost as much as the work.
+// Temporary memory of a backward, on huge pages if the OS allows. It is reused by the next, because the page faults of new
+// memory cost as much as the work.
 class Scratch {
  public:
   ~Scratch() {
@@ -75,9 +79,13 @@ class Scratch {
         b.used += bytes;
         return b.memory + b.used - bytes;
       }
-    const i64 size = std::max<i64>(bytes, 1 << 20);
-    char* memory = static_cast<char*>(std::aligned_alloc(64, size));
+    constexpr i64 huge = 1 << 21;
+    const i64 size = bytes < huge ? std::max<i64>(bytes, 1 << 20) : (bytes + huge - 1) / huge * huge;
+    char* memory = static_cast<char*>(std::aligned_alloc(size < huge ? 64 : huge, size));
     if (!memory) throw std::bad_alloc();
+#if defined(__linux__)
+    if (size >= huge) madvise(memory, size, MADV_HUGEPAGE);
+#endif
     blocks_.push_back({memory, size, bytes});
     return memory;
   }

@@ -12,11 +12,10 @@ using u64 = uint64_t;
 enum Join : i64 { STORE = 0, ADD = 1, MUL = 2 };
 // Number format of a storage. Integer rows: scale and bias in fp16, then codes; x = code * scale + bias. FP8 rows: scale in
 // fp16, then e4m3 numbers.
-// Rows that train have codes u = q + 2^(bits - 1) of values q * step: all of a storage by one step (STEP_...), or each row
-// by its own, in fp16 before its codes (ROW_STEP_...).
+// Rows that train have codes u = q + 2^(bits - 1) of values q * step, by one step of their storage (STEP_...).
 enum Precision : i64 {
   FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT4 = 4, INT2 = 5, FP8 = 6,
-  STEP_INT8 = 7, STEP_INT4 = 8, ROW_STEP_INT8 = 9, ROW_STEP_INT4 = 10
+  STEP_INT8 = 7, STEP_INT4 = 8
 };
 // In place of a rule: gradients are handed out.
 constexpr i64 DENSE_GRADIENT = -1, SPARSE_GRADIENT = -2, NO_UPDATE = -3;

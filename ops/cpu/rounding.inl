@@ -136,9 +136,7 @@ static inline __attribute__((always_inline)) void round_row(const Stored& s, con
     }
     return;
   }
-  const bool own = s.kind >= ROW_STEP_INT8;
-  const float step = own ? half_to_float(read_16(to)) : float(s.step);
-  to += own ? 2 : 0;
+  const float step = float(s.step);
   if (bits_of(s.kind) == 8) return codes_of_row<W>(from, 0, width, step, 128.f, random, to);
   constexpr i64 most = 64;
   unsigned char codes[most];

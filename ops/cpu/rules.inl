@@ -217,7 +217,8 @@ static void catch_up_rounded(const Update& u, float* table, i64 row, i64 to, i64
     state.read(u.rule, row, width);
     catch_up<W>(state.step, weights.read(), 0, t, width);
     weights.write(t);
-    state.write(u.rule, row, width, t);
+    state.begin(u.rule, t);
+    state.write(u.rule, row, width);
   }
   u.last[row] = i32(to);
 }
@@ -295,9 +296,19 @@ static inline __attribute__((always_inline)) void step_row(const Update& u, cons
   }
 }
 
+static inline __attribute__((always_inline)) void prefetch_state(const Update& u, const float* table, i64 row, i64 width) {
+  if (u.stored.bytes) prefetch<2>(reinterpret_cast<const char*>(table) + row * u.stored.bytes, u.stored.bytes);
+  else if (u.rule.number >= 0) prefetch<2>(table + row * width, 4 * width);
+  for (i64 i = 0; i < 4 && u.rule.state[i]; i++) {
+    const i64 bytes = (i < u.rule.elements ? width : 1) * (u.rule.forms[i].bits ? u.rule.forms[i].bits / 8 : 4);
+    prefetch<2>(reinterpret_cast<const char*>(u.rule.state[i]) + row * bytes, bytes);
+  }
+  if (u.last) prefetch<2>(u.last + row, 4);
+}
+
 #include "low_precision.inl"
 
-template <int W>
+template <int W, i64 AHEAD = 0>
 static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w);
 
 // As update_rows, with state that each step rounds, and rows of floats or of few bits.
@@ -317,21 +328,22 @@ static void update_rows_rounded(const Update& u, float* table, const Summed* row
     const Summed alone{0, rows[i].gradient};
     update_rows<W>(state.step, weights.read(), &alone, 1, 0, width);
     weights.write(u.step);
-    state.write(u.rule, row, width, u.step);
+    state.write(u.rule, row, width);
   }
 }
 
-// One step on each row; overwrites its gradient. The rule is chosen once for all rows: for narrow rows, choosing it takes
-// half of the time.
-template <int W>
+// One step on each row; may overwrite its gradient with weight decay. The rule is chosen once for all rows: for narrow
+// rows, choosing it takes half of the time. AHEAD: rows that are prefetched before the one in work.
+template <int W, i64 AHEAD>
 static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w) {
   if (u.rule.number < 0) return hand_out<W>(u, rows, count, at, w);
   if (u.rule.rounded) return update_rows_rounded<W>(u, table, rows, count, w);
-  if (u.stored.bytes) return update_stored_rows<W>(u, table, rows, count, w);
+  if (u.stored.bytes) return update_stored_rows<W, AHEAD>(u, table, rows, count, w);
   const i64 width = width_of<W>(w);
   const float size = size_of(u, u.step), eps = epsilon_of(u, u.step), decay = float(u.decay);
   Rules::with(u.rule, [&](const auto& rule) {
     for (i64 i = 0; i < count; i++) {
+      if (AHEAD && i + AHEAD < count) prefetch_state(u, table, rows[i + AHEAD].row, width);
       const i64 row = rows[i].row;
       if (u.last) {
         catch_up<W>(u, table, row, u.step - 1, w);
@@ -340,14 +352,4 @@ static void update_rows(const Update& u, float* table, const Summed* rows, i64 c
       step_row<W>(u, rule, table + row * width, rows[i].gradient, row, size, eps, decay, w);
     }
   });
-}
-
-static inline void prefetch_state(const Update& u, const float* table, i64 row, i64 width) {
-  if (u.stored.bytes) prefetch<1>(reinterpret_cast<const char*>(table) + row * u.stored.bytes, u.stored.bytes);
-  else if (u.rule.number >= 0) prefetch<1>(table + row * width, 4 * width);
-  for (i64 i = 0; i < 4 && u.rule.state[i]; i++) {
-    const i64 bytes = (i < u.rule.elements ? width : 1) * (u.rule.forms[i].bits ? u.rule.forms[i].bits / 8 : 4);
-    prefetch<1>(reinterpret_cast<const char*>(u.rule.state[i]) + row * bytes, bytes);
-  }
-  if (u.last) prefetch<1>(u.last + row, 4);
 }

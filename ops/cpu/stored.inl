@@ -31,10 +31,10 @@ struct Line {
 
 // Bits of a code, and bytes before the numbers of a row.
 static constexpr int bits_of(i64 kind) {
-  return kind == INT8 || kind == STEP_INT8 || kind == ROW_STEP_INT8 ? 8 : kind == INT2 ? 2 : 4;
+  return kind == INT8 || kind == STEP_INT8 ? 8 : kind == INT2 ? 2 : 4;
 }
 static constexpr i64 head_of(i64 kind) {
-  return kind == FP8 || kind >= ROW_STEP_INT8 ? 2 : kind == INT8 || kind == INT4 || kind == INT2 ? 4 : 0;
+  return kind == FP8 ? 2 : kind == INT8 || kind == INT4 || kind == INT2 ? 4 : 0;
 }
 
 // Of rows that train: exact, and so the values q * step themselves, where the step is an fp16 number.
@@ -191,7 +191,6 @@ static inline bool has_line(i64 kind) { return kind >= INT8; }
 
 template <i64 KIND>
 static inline Line line_at(const unsigned char* row, float step) {
-  if (KIND >= ROW_STEP_INT8) return line_of_step(KIND, half_to_float(read_16(row)));
   if (KIND >= STEP_INT8) return line_of_step(KIND, step);
   return has_line(KIND) ? line_of(KIND, row) : Line{1.f, 0.f};
 }
@@ -212,8 +211,6 @@ static void decode_row(i64 kind, const unsigned char* from, i64 count, float* __
     case INT2: return decode_row_of<INT2>(from, count, out);
     case STEP_INT8: return decode_row_of<STEP_INT8>(from, count, out, step);
     case STEP_INT4: return decode_row_of<STEP_INT4>(from, count, out, step);
-    case ROW_STEP_INT8: return decode_row_of<ROW_STEP_INT8>(from, count, out);
-    case ROW_STEP_INT4: return decode_row_of<ROW_STEP_INT4>(from, count, out);
     default: return decode_row_of<FP8>(from, count, out);
   }
 }
@@ -268,8 +265,6 @@ static ReadStored choose_decoder(const Group& g) {
     case INT2: return decoder_of<INT2>(g);
     case STEP_INT8: return decoder_of<STEP_INT8>(g);
     case STEP_INT4: return decoder_of<STEP_INT4>(g);
-    case ROW_STEP_INT8: return decoder_of<ROW_STEP_INT8>(g);
-    case ROW_STEP_INT4: return decoder_of<ROW_STEP_INT4>(g);
     default: return decoder_of<FP8>(g);
   }
 }

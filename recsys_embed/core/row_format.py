@@ -1,8 +1,7 @@
 """Formats in which rows are stored while they train: integers at a step, or 16-bit floats.
 
 A row of integers is what :class:`recsys_embed.core.precision.Layout` stores without its scale and bias: codes
-``u = q + 2**(bits - 1)`` of values ``q * step``, two to a byte for int4. The step is one number for a table, or an fp16
-number at the head of each row.
+``u = q + 2**(bits - 1)`` of values ``q * step``, two to a byte for int4. The step is one number for a table.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ TRAINED = ("int8", "int4", "fp16", "bf16")
 """Precisions in which rows can train."""
 DEFAULT_STEPS = {"int8": 2.0**-9, "int4": 2.0**-8}
 """Distances of two codes, unless the initial weights need more."""
-STEP_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,7 @@ class RowFormat:
 
     Args:
         kind: ``"int8"``, ``"int4"``, ``"fp16"`` or ``"bf16"``.
-        step: distance of two codes, an fp16 number; 0 for floats, and where rows have their own.
-        own_steps: each row has its own step, at its head.
+        step: distance of two codes, an fp16 number; 0 for floats.
         stochastic: updates are rounded stochastically, rather than to nearest.
 
     >>> format = RowFormat("int4", 0.25)
@@ -44,7 +41,6 @@ class RowFormat:
 
     kind: str
     step: float = 0.0
-    own_steps: bool = False
     stochastic: bool = True
 
     @classmethod
@@ -79,44 +75,33 @@ class RowFormat:
         """Dtype of the stored tensor."""
         return FLOATS.get(self.kind, torch.uint8)
 
-    @property
-    def head(self) -> int:
-        """Bytes before the codes of a row."""
-        return STEP_BYTES if self.own_steps else 0
-
     def items(self, width: int) -> int:
         """Elements of a stored row; bytes if it is of integers."""
-        return width if self.bits is None else self.head + -(-width * self.bits // 8)
+        return width if self.bits is None else -(-width * self.bits // 8)
 
     def row_bytes(self, width: int) -> int:
         """Bytes of a stored row."""
         return self.items(width) * self.dtype.itemsize
 
-    def encode(self, values: Tensor, words: Tensor | None = None, steps: Tensor | None = None) -> Tensor:
+    def encode(self, values: Tensor, words: Tensor | None = None) -> Tensor:
         """Stored rows of float32 ``values [n, width]``: ``[n, items]``.
 
         Args:
             words: random bits, see :func:`recsys_embed.core.stochastic_rounding.random_words`; None: to nearest.
-            steps: float32 ``[n, 1]``, where rows have their own.
         """
         if self.bits is None:
             return rounding.round_to_halves(values, self.dtype, words)
-        codes = rounding.round_to_codes(values, self.step if steps is None else steps, self.bits, words)
+        codes = rounding.round_to_codes(values, self.step, self.bits, words)
         if self.bits == 4:
             codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
             codes = codes[:, ::2] | codes[:, 1::2] << 4
-        return codes if steps is None else torch.cat([steps.half().view(torch.uint8), codes], 1)
+        return codes
 
     def decode(self, stored: Tensor, width: int) -> Tensor:
         """Float32 ``[n, width]`` of stored rows ``[n, items]``."""
         if self.bits is None:
             return stored.float()
-        steps = self.steps(stored) if self.own_steps else self.step
-        return rounding.from_codes(unpacked(stored[:, self.head :], self.bits)[:, :width], steps, self.bits)
-
-    def steps(self, stored: Tensor) -> Tensor:
-        """The steps of stored rows that have their own: float32 ``[n, 1]``."""
-        return stored[:, : self.head].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
+        return rounding.from_codes(unpacked(stored, self.bits)[:, :width], self.step, self.bits)
 
 
 def as_half(step: float) -> float:

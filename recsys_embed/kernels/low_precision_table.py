@@ -111,8 +111,7 @@ class LowPrecisionTable(WrapperTensor):
     def rounded(self, rows: Tensor, values: Tensor, step: int) -> Tensor:
         """Stored rows of float32 ``values [n, width]`` in a step of the optimizer: ``[n, items]``."""
         words = random_words(rows, self.shape[1], self.seed, step) if self.format.stochastic else None
-        steps = self.format.steps(self.stored.index_select(0, rows)) if self.format.own_steps else None
-        return self.format.encode(values, words, steps)
+        return self.format.encode(values, words)
 
     def after_step(self, rows: Tensor, values: Tensor, step: int) -> Tensor:
         """The values of rows ``[n, width]`` once they are rounded in a step of the optimizer."""
@@ -124,8 +123,7 @@ class LowPrecisionTable(WrapperTensor):
 
     def write(self, rows: Tensor, values: Tensor) -> None:
         """Write distinct rows, rounded to nearest."""
-        steps = self.format.steps(self.stored.index_select(0, rows)) if self.format.own_steps else None
-        self.stored.index_copy_(0, rows, self.format.encode(values.float(), None, steps))
+        self.stored.index_copy_(0, rows, self.format.encode(values.float()))
 
     def fill_from(self, pieces: Callable[[int, int], Tensor], stochastic: bool = False) -> None:
         """Write all rows, rounded to nearest.
@@ -138,8 +136,7 @@ class LowPrecisionTable(WrapperTensor):
             values = pieces(start, len(stored)).float().to(stored.device)
             rows = torch.arange(start, start + len(stored), device=stored.device)
             words = random_words(rows, self.shape[1], self.seed, 0) if stochastic else None
-            steps = self.format.steps(stored) if self.format.own_steps else None
-            stored.copy_(self.format.encode(values, words, steps))
+            stored.copy_(self.format.encode(values, words))
 
     # -- copies ---------------------------------------------------------------------------------------------------
 

@@ -79,12 +79,11 @@ def updates_of(
 
 
 _NUMBERS = {"fp16": 1, "bf16": 2, "int8": 7, "int4": 8}
-_BY_ROW = 2  # what rows with their own steps add to it
 
 
 def kind_of(format: RowFormat) -> int:
     """Number of a format among the kernels' precisions."""
-    return _NUMBERS[format.kind] + _BY_ROW * format.own_steps
+    return _NUMBERS[format.kind]
 
 
 def stored_record(table: LowPrecisionTable) -> Stored:
