@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from recsys_embed.kernels.native.trains import run_natively
 from recsys_embed.kernels.places import Place, absent_ids, read_rows
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.recording import tracing
+from recsys_embed.kernels.row_cache import RowCaches
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.triton import status
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
@@ -126,6 +127,8 @@ class CompressedEmbedding(ModuleTables):
         self.shared = shared
         # What a loaded export reads in place of its tables.
         self.served: StoredTables | None = None
+        # Of rows that are computed, where a loaded file is served with it.
+        self.caches: RowCaches | None = None
         for table in self.program.tables:
             if shared is not None and table.name in shared.values:
                 self.register_parameter(table.name, shared.take(table, f"{type(self).__name__} {name!r}"))
@@ -163,12 +166,19 @@ class CompressedEmbedding(ModuleTables):
         head = self.program.head
         if head is None:
             return self._columns(ids)
+        kept = None if self.caches is None else self.caches.rows(0, ids, self._computed)
+        if kept is not None:
+            return kept
         found = distinct_ids(ids) if head.generates else DistinctIds(ids, None)
-        columns = self._columns(found.ids)
+        return found.scatter(self._computed(found.ids))
+
+    def _computed(self, ids: Tensor) -> Tensor:
+        """Vectors of resolved ``ids [n]`` by the program's head."""
+        head, columns = cast("Head", self.program.head), self._columns(ids)
         out = run_natively(head, columns) if head.generates and self._native is not None else None
         if out is None:
-            out = run_head(head, columns, [self.table(n) for n in head.tables], found.ids, self._policy.zeros[0])
-        return found.scatter(out)
+            out = run_head(head, columns, [self.table(n) for n in head.tables], ids, self._policy.zeros[0])
+        return out
 
     def _columns(self, ids: Tensor) -> Tensor:
         """Combined rows of resolved int64 ``ids [n]``, before the program's head."""

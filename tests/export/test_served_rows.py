@@ -78,6 +78,18 @@ def test_bags_are_equal_bit_for_bit_on_every_number_of_threads(tmp_path: Path) -
     assert torch.equal(found[0], found[2])
 
 
+def test_compiled_models_call_the_same_kernels(tmp_path: Path) -> None:
+    schema = Schema([FeatureSpec("f", ROWS, 16), FeatureSpec("g", ROWS, 16, pooling="mean")])
+    rse.export(EmbeddingCollection(schema), tmp_path / "m", "int4", prune=False)
+    served = rse.load(tmp_path / "m")
+    compiled = torch.compile(served, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        ids = torch.randint(0, ROWS, (5, 2))
+        assert torch.equal(compiled(ids), served(ids))
+        bags = torch.randint(0, ROWS, (9,)), torch.tensor([0, 2, 2, 5, 9])
+        assert torch.equal(compiled(*bags), served(*bags))
+
+
 @pytest.mark.parametrize("wrong", [-1, ROWS, 1 << 40])
 def test_ids_out_of_range_are_refused(tmp_path: Path, wrong: int) -> None:
     rse.export(EmbeddingCollection(Schema([FeatureSpec("f", ROWS, 16)])), tmp_path / "m", "int8")

@@ -72,8 +72,8 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype
 
 
 def reads(ids: Tensor, stored: Sequence[Tensor]) -> bool:
-    """As :func:`runs_on`, for serving: of any precision, and not in compiled models."""
-    return not torch.compiler.is_compiling() and runs_on(ids, stored, _STORED)
+    """As :func:`runs_on`, for serving: of any precision."""
+    return runs_on(ids, stored, _STORED)
 
 
 @cache
