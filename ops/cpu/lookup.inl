@@ -18,14 +18,24 @@ static const float* weights_of(const Call& c, const RowLookup& p, const i32* row
 static void gather_slices(const Call& c, const RowLookup& p, i64 join, const i64* ids, const i32* rows, const float* factor,
                         i64 n, float* out, i64 stride) {
   const float* table = c.storages[p.storage] + p.base;
+  const i64 ahead = 16;
   for (i64 i = 0; i < n; i++) {
     float* __restrict o = out + i * stride;
+    if (i + ahead < n && rows[i + ahead] >= 0) {
+      const float* later = table + rows[i + ahead] - p.base;
+      prefetch(later, 4 * p.num_rows);
+      prefetch(later + std::min(p.num_rows, p.rows - rows[i + ahead] + p.base) - 1, 1);  // slices begin anywhere in a line
+    }
     if (rows[i] < 0) {
       for (i64 k = 0; k < p.num_rows; k++) join_into(o[k], p.product, join);
       continue;
     }
     const i64 first = rows[i] - p.base, straight = std::min(p.num_rows, p.rows - first);
     if (!factor && !p.has_sign && straight == p.num_rows) {
+      if (join == STORE) {
+        blocks<0>(p.num_rows, [&](auto lanes, i64 k) { lanes.store(o + k, lanes.load(table + first + k)); });
+        continue;
+      }
       for (i64 k = 0; k < p.num_rows; k++) join_into(o[k], table[first + k], join);
       continue;
     }
