@@ -118,6 +118,7 @@ def run(site: Path, script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=site)
 
 
+@pytest.mark.slow
 def test_plugins_are_imported_at_first_need(installed: Path) -> None:
     script = """
         import json, warnings

@@ -28,7 +28,10 @@ def test_there_is_something_to_run():
     assert blocks("sh")
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=lambda b: b.strip().splitlines()[-1][:30])
+BLOCKS = [pytest.param(b, marks=pytest.mark.slow) if "train(" in b else b for b in blocks("python")]  # trains models
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: b.strip().splitlines()[-1][:30])
 def test_python_blocks_run(block):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

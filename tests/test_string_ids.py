@@ -153,6 +153,7 @@ def test_strings_have_the_ids_of_the_data_tool(tmp_path: Path, id_bits: Any) -> 
 
 
 @pytest.mark.skipif(not SAMPLE.exists(), reason="RECSYS_EMBED_DATA is not set")
+@pytest.mark.slow
 def test_strings_of_real_rows_have_the_ids_of_the_data_tool(tmp_path: Path) -> None:
     from recsys_embed.data import CriteoOptions, SplitRule, convert_criteo, open_dataset
 

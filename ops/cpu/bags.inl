@@ -37,21 +37,156 @@ class BagWalk {
   float share_;
 };
 
-// Whether the vector is an unchanged row of one table, so that pooling can read the table without a copy.
+// Whether the vector is a row of one table as it is stored, so that pooling can read the table without a copy.
 static bool is_bare(const Call& c, const Feature& f) {
   const RowLookup& p = c.row_lookups[f.first];
-  return kind_of(c, p.storage) == FP32 && f.row_lookups == 1 && p.num_rows == 1 && p.span == p.width && p.scale == 1.0 && !p.has_sign && p.weight_storage < 0;
+  if (f.row_lookups != 1 || (c.kept.data && !f.plain) || (p.product && kind_of(c, p.storage) != FP32)) return false;
+  return p.num_rows == 1 && p.span == p.width && p.scale == 1.0 && !p.has_sign && p.weight_storage < 0;
 }
 
-// out[bag] += vector * factor for n ids from `at` on. With `rows`, `vectors` is the table and -1 means no row.
+// Rows of the ids of one feature, in order, a window of them at a time.
+class RowWindow {
+ public:
+  static constexpr i64 AHEAD = 32;
+
+  RowWindow(const Call& c, const Feature& f, i64 last) : c_(c), f_(f), last_(last), table_(stored_row(c, storage(), 0)), bytes_(row_bytes(c, storage())) {}
+
+  i64 end() const { return end_; }
+  bool good() const { return good_; }
+
+  // Finds the rows of the ids from `first` on.
+  void move(i64 first) {
+    end_ = std::min(last_, first + SIZE);
+    i64 ids[CHUNK];
+    for (i64 at = first; at < end_; at += CHUNK) {
+      const i64 n = std::min(end_ - at, CHUNK);
+      Chunk chunk{CHUNK, ids, none_, rows_ + (at - first)};
+      if (c_.ids_are_32) take_ids(c_, f_, at, n, chunk);
+      else chunk.ids = const_cast<i64*>(static_cast<const i64*>(c_.ids)) + at;
+      good_ &= find_rows(c_, f_, n, chunk);
+    }
+    std::fill_n(rows_ + (end_ - first), AHEAD, -1);
+    first_ = rows_ - first;
+    for (i64 i = first; i < std::min(first + AHEAD, end_); i++) fetch(i);
+  }
+
+  // The row of an id within the window; null: none. Prefetches the one AHEAD, into the L2 cache: that of wide rows can
+  // wait for more lines at once than L1.
+  inline const unsigned char* at(i64 i) const {
+    fetch(i + AHEAD);
+    return first_[i] < 0 ? nullptr : table_ + i64(first_[i]) * bytes_;
+  }
+
+ private:
+  static constexpr i64 SIZE = 4 * CHUNK;
+
+  i64 storage() const { return c_.row_lookups[f_.first].storage; }
+
+  inline void fetch(i64 i) const {
+    const unsigned char* row = table_ + i64(first_[i]) * bytes_;  // of -1 before the table, which a prefetch ignores
+    prefetch<2>(row, bytes_);
+    prefetch<2>(row + bytes_ - 1, 1);
+  }
+
+  const Call& c_;
+  const Feature& f_;
+  i64 last_, end_ = -1;
+  const unsigned char* table_;
+  i64 bytes_;
+  bool good_ = true;
+  const i32* first_ = nullptr;
+  unsigned char none_[CHUNK];
+  i32 rows_[SIZE + AHEAD];
+};
+
+// Sums of the rows of bags [from, to), in registers of N columns, T of them at a time. Each bag is written once.
+template <i64 KIND, int W>
+static bool pool_rows(const Call& c, const Feature& f, i64 from, i64 to, float* out, i64 stride) {
+  constexpr int N = W % WIDEST_BLOCK ? 8 : WIDEST_BLOCK, T = W / N < 8 ? W / N : 8;
+  typedef Lanes<N> L;
+  const i64* const ends = c.offsets + f.ids * c.batch + 1;
+  RowWindow rows(c, f, ends[to - 1]);
+  for (i64 b = from, i = ends[from - 1]; b < to; b++) {
+    float* const o = out + b * stride;
+    typename L::V sums[W / N];
+    for (int t = 0; t < W / N; t++) sums[t] = L::all(0.f);
+    while (i < ends[b]) {
+      if (i >= rows.end()) rows.move(i);
+      const i64 stop = std::min(ends[b], rows.end());
+      for (; i < stop; i++) {
+        const unsigned char* row = rows.at(i);
+        if (!row) continue;
+        const Line line = has_line(KIND) ? line_of(KIND, row) : Line{1.f, 0.f};
+        for (int t = 0; t < W / N; t++) sums[t] += decoded<KIND, N>(row, t * N, line);
+      }
+    }
+    for (int t = 0; t < W / N; t++) L::store(o + t * N, sums[t]);
+  }
+  return rows.good();
+}
+
+// As pool_rows, of any width, and with factors of ids: sums are added up where they are written.
+template <i64 KIND>
+static bool pool_rows_with_factors(const Call& c, const Feature& f, i64 from, i64 to, float* out, i64 stride) {
+  const i64 width = c.row_lookups[f.first].width, *const ends = c.offsets + f.ids * c.batch + 1;
+  RowWindow rows(c, f, ends[to - 1]);
+  BagWalk walk(c, f, ends[from - 1]);
+  for (i64 b = from, i = ends[from - 1]; b < to; b++) {
+    float* const o = out + b * stride;
+    std::fill_n(o, width, 0.f);
+    for (; i < ends[b]; i++) {
+      if (i >= rows.end()) rows.move(i);
+      const unsigned char* row = rows.at(i);
+      walk.bag_of(i);
+      const float factor = walk.factor(i);
+      if (!row) continue;
+      const Line line = has_line(KIND) ? line_of(KIND, row) : Line{1.f, 0.f};
+      const auto add = [&](auto lanes, i64 k, auto v) { lanes.store(o + k, lanes.load(o + k) + v * factor); };
+      if constexpr (KIND == FP32)
+        blocks<0>(width, [&](auto lanes, i64 k) { add(lanes, k, lanes.load(reinterpret_cast<const float*>(row) + k)); });
+      else each_block<KIND, 0>(row, width, line, add);
+    }
+  }
+  return rows.good();
+}
+
+using PoolRows = bool (*)(const Call&, const Feature&, i64, i64, float*, i64);
+
+template <i64 KIND>
+static PoolRows pool_of(i64 width) {
+#if RSE_FLOATS >= 8
+  switch (width) {
+    case 8: return pool_rows<KIND, 8>;
+    case 16: return pool_rows<KIND, 16>;
+    case 32: return pool_rows<KIND, 32>;
+    case 64: return pool_rows<KIND, 64>;
+    case 128: return pool_rows<KIND, 128>;
+  }
+#endif
+  return pool_rows_with_factors<KIND>;
+}
+
+static PoolRows choose_pool_of_rows(const Call& c, const Feature& f) {
+  const RowLookup& p = c.row_lookups[f.first];
+  const i64 width = f.mean || c.sample_weights ? 0 : p.width;
+  switch (kind_of(c, p.storage)) {
+    case FP32: return pool_of<FP32>(width);
+    case FP16: return pool_of<FP16>(width);
+    case BF16: return pool_of<BF16>(width);
+    case INT8: return pool_of<INT8>(width);
+    case INT4: return pool_of<INT4>(width);
+    case INT2: return pool_of<INT2>(width);
+    default: return pool_of<FP8>(width);
+  }
+}
+
+// out[bag] += vector * factor for n ids from `at` on.
 template <int W>
-static void pool(BagWalk& walk, i64 at, i64 n, const float* vectors, const i32* rows, i64 w, float* out, i64 stride) {
+static void pool(BagWalk& walk, i64 at, i64 n, const float* vectors, i64 w, float* out, i64 stride) {
   const i64 width = width_of<W>(w);
   for (i64 i = 0; i < n; i++) {
     float* o = out + walk.bag_of(at + i) * stride;
-    if (rows && i + 8 < n) prefetch(vectors + i64(std::max(rows[i + 8], 0)) * width, 4 * width);
-    if (rows && rows[i] < 0) continue;
-    const float* q = vectors + (rows ? i64(rows[i]) : i) * width;
+    const float* q = vectors + i * width;
     const float factor = walk.factor(at + i);
     blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(o + k, lanes.load(o + k) + lanes.load(q + k) * factor); });
   }
@@ -80,19 +215,22 @@ static bool look_up_bags(const Call& c, i64 from, i64 to) {
     const Feature& f = c.features[k];
     const Matrix& matrix = c.outputs[f.output];
     float* out = matrix.data + f.column;
+    if (is_bare(c, f)) {
+      const i64 used = c.row_lookups[f.first].width;
+      for (i64 b = from; used < f.width && b < to; b++) std::memset(out + b * matrix.stride + used, 0, (f.width - used) * sizeof(float));
+      if (from < to) good &= choose_pool_of_rows(c, f)(c, f, from, to, out, matrix.stride);
+      continue;
+    }
     for (i64 b = from; b < to; b++) std::memset(out + b * matrix.stride, 0, f.width * sizeof(float));
     const i64 first = first_id(c, f, from), last = first_id(c, f, to), start = first_id(c, f, 0);
     if (first == last) continue;
-    const bool bare = is_bare(c, f);
-    const i64 used = bare ? c.row_lookups[f.first].width : f.width;
-    const auto add = choose_pool(used);
-    if (!bare) memory.resize(work.size() * f.width);
+    const auto add = choose_pool(f.width);
+    memory.resize(work.size() * f.width);
     BagWalk walk(c, f, first);
     const Chunk chunk = work.chunk(c.features, k);
     Reader whole(c), rows(c);
-    if (!bare) whole.vectors(f, chunk, 0, 0);
+    whole.vectors(f, chunk, 0, 0);
     if (c.kept.data && !f.plain) rows.rows(f, chunk, 0, 0);
-    const float* vectors = bare ? c.storages[c.row_lookups[f.first].storage] : memory.data();
     for (i64 at = first; at < last; at += work.size()) {
       const i64 n = std::min(work.size(), last - at);
       good &= find(c, f, at, n, chunk);
@@ -101,7 +239,7 @@ static bool look_up_bags(const Call& c, i64 from, i64 to) {
       if (kept_here.data) kept_here.data += (at - start) * kept_here.stride;
       whole.read(&here, n);
       rows.read(&kept_here, n);
-      add(walk, at, n, vectors, bare ? chunk.rows_of(0) : nullptr, used, out, matrix.stride);
+      add(walk, at, n, memory.data(), f.width, out, matrix.stride);
     }
   }
   return good;

@@ -46,9 +46,10 @@ struct Group {
 
 // Addresses of a chunk's rows in reading order; null: no row. The padding behind them is prefetched and never read.
 struct Found {
-  static constexpr i64 AHEAD = 16;
+  static constexpr i64 AHEAD = 32;
   std::vector<const char*> rows;
   std::vector<float> factors;
+  std::vector<u64> first;
 
   void set(const Group& g, i64 n) {
     const i64 number = g.slots.size();
@@ -60,6 +61,23 @@ struct Found {
       for (i64 i = 0; i < n; i++, to += number) *to = from.rows[i] < 0 ? nullptr : from.table + i64(from.rows[i]) * from.bytes;
       for (i64 i = 0; g.factor && i < n; i++) factors[i * number + s] = from.factor[i];
     }
+  }
+
+  // As `set`, of samples whose ids are rows of the slots' tables: the id of slot s is ids[s]. False where one is none.
+  bool set_by_ids(const Group& g, const std::vector<u64>& limits, const i64* ids, i64 stride, i64 n) {
+    const i64 number = g.slots.size();
+    if (i64(rows.size()) < n * number + AHEAD + g.count) rows.resize(n * number + AHEAD + g.count);
+    first.resize(number);
+    for (i64 s = 0; s < number; s++) first[s] = reinterpret_cast<u64>(g.slots[s].table);
+    const u64 bytes = u64(g.slots[0].bytes), *tables = first.data(), *limit = limits.data();
+    u64 wrong = 0, *to = reinterpret_cast<u64*>(rows.data());
+    for (i64 i = 0; i < n; i++, ids += stride, to += number)
+      for (i64 s = 0; s < number; s++) {
+        const u64 id = u64(ids[s]), inside = id < limit[s];
+        wrong |= inside ^ 1;
+        to[s] = (tables[s] + u64(u32(id)) * bytes) & (0 - inside);
+      }
+    return !wrong;
   }
 
   // Calls fn(rows, factors, out) for each item and prefetches later rows. COUNT: slots of an item, 0 if not known.
@@ -90,6 +108,7 @@ static void read_floats(const Group& g, const Found& found, i64 n, const Matrix&
   const i64 width = width_of<W>(g.width);
   const i64 count = COUNT ? COUNT : g.count;
   found.each<COUNT>(g, n, 4 * width, out, [&](const char* const* rows, const float* factors, float* o) {
+    if (COUNT == 1 && !rows[0]) return blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(o + k, lanes.all(g.empty)); });
     blocks<W>(width, [&](auto lanes, i64 k) {
       auto value = [&](i64 j) {
         const float* q = reinterpret_cast<const float*>(rows[j]);
@@ -97,7 +116,7 @@ static void read_floats(const Group& g, const Found& found, i64 n, const Matrix&
         if (FACTOR) v *= factors[j];
         return v;
       };
-      auto v = rows[0] ? value(0) : lanes.all(g.empty);
+      auto v = COUNT == 1 || rows[0] ? value(0) : lanes.all(g.empty);
       for (i64 j = 1; j < count; j++)
         if (rows[j]) v = J == MUL ? v * value(j) : v + value(j);
       lanes.store(o + k, v);

@@ -18,14 +18,24 @@ static const float* weights_of(const Call& c, const RowLookup& p, const i32* row
 static void gather_slices(const Call& c, const RowLookup& p, i64 join, const i64* ids, const i32* rows, const float* factor,
                         i64 n, float* out, i64 stride) {
   const float* table = c.storages[p.storage] + p.base;
+  const i64 ahead = 16;
   for (i64 i = 0; i < n; i++) {
     float* __restrict o = out + i * stride;
+    if (i + ahead < n && rows[i + ahead] >= 0) {
+      const float* later = table + rows[i + ahead] - p.base;
+      prefetch(later, 4 * p.num_rows);
+      prefetch(later + std::min(p.num_rows, p.rows - rows[i + ahead] + p.base) - 1, 1);  // slices begin anywhere in a line
+    }
     if (rows[i] < 0) {
       for (i64 k = 0; k < p.num_rows; k++) join_into(o[k], p.product, join);
       continue;
     }
     const i64 first = rows[i] - p.base, straight = std::min(p.num_rows, p.rows - first);
     if (!factor && !p.has_sign && straight == p.num_rows) {
+      if (join == STORE) {
+        blocks<0>(p.num_rows, [&](auto lanes, i64 k) { lanes.store(o + k, lanes.load(table + first + k)); });
+        continue;
+      }
       for (i64 k = 0; k < p.num_rows; k++) join_into(o[k], table[first + k], join);
       continue;
     }
@@ -70,6 +80,33 @@ class Reader {
     }
     if (!fits) odd_.push_back({&f, at, output, column, false, true});
   }
+
+  // Whether the ids of a call that has one per sample are the rows of their features' tables, in one group: their
+  // addresses are found from the ids in one pass.
+  bool by_ids() {
+    if (c_.offsets || c_.ids_are_32 || c_.feature_stride != 1 || groups_.size() != 1 || !odd_.empty()) return false;
+    Group& g = groups_[0];
+    if (g.count != 1 || g.factor || i64(g.slots.size()) != c_.feature_count) return false;
+    limits_.resize(c_.feature_count);
+    for (i64 k = 0; k < c_.feature_count; k++) {
+      const Feature& f = c_.features[k];
+      const RowLookup& p = c_.row_lookups[f.first];
+      if (f.ids != k || f.optional || f.limit < 0 || p.rows_of.kind != IDENTITY) return false;
+      limits_[k] = u64(std::min(f.limit, p.rows));
+    }
+    for (i64 k = 0; k < c_.feature_count; k++) g.slots[k].table += c_.row_lookups[c_.features[k].first].base * g.slots[k].bytes;
+    return true;
+  }
+
+  // As `read`, of samples [from, from + n), `by_ids`; false where an id is out of range.
+  bool read_by_ids(const Matrix* outputs, i64 from, i64 n) {
+    const Group& g = groups_[0];
+    const bool good = found_.set_by_ids(g, limits_, static_cast<const i64*>(c_.ids) + from * c_.sample_stride, c_.sample_stride, n);
+    choose_reader(g)(g, found_, n, outputs[g.output]);
+    return good;
+  }
+
+  bool empty() const { return groups_.empty() && odd_.empty(); }
 
   // Writes sample b of the chunks to row b of outputs[output].
   void read(const Matrix* outputs, i64 n) {
@@ -183,6 +220,7 @@ class Reader {
   std::vector<Odd> odd_;
   std::vector<std::unique_ptr<float[]>> memory_;
   Found found_;
+  std::vector<u64> limits_;
 };
 
 // Saved values per feature: those of its i-th id are at data + i * stride + the row lookup's `kept`.
@@ -216,14 +254,20 @@ static bool look_up(const Call& c, i64 from, i64 to) {
     if (c.kept.data && !f.plain) rows.rows(f, chunk, 0, 0);
   }
   std::vector<Matrix> outputs(c.outputs, c.outputs + c.output_count);
+  const bool by_ids = rows.empty() && vectors.by_ids();
   bool good = true;
   for (i64 at = from; at < to; at += work.size()) {
     const i64 n = std::min(work.size(), to - at);
     prefetch_ids(c, at + n, std::min(to, at + n + work.size()));
+    for (i64 o = 0; o < c.output_count; o++) outputs[o].data = c.outputs[o].data + at * c.outputs[o].stride;
+    if (by_ids) {
+      good &= vectors.read_by_ids(outputs.data(), at, n);
+      if (c.mask && good) good = mask(*c.mask, at, at + n);
+      continue;
+    }
     // Two loops: vector loads of ids stall if scalar stores wrote them just before (store forwarding fails).
     for (i64 k = 0; k < c.feature_count; k++) take_ids(c, c.features[k], at, n, work.chunk(c.features, k));
     for (i64 k = 0; k < c.feature_count; k++) good &= find_rows(c, c.features[k], n, work.chunk(c.features, k));
-    for (i64 o = 0; o < c.output_count; o++) outputs[o].data = c.outputs[o].data + at * c.outputs[o].stride;
     vectors.read(outputs.data(), n);
     if (c.mask && good) good = mask(*c.mask, at, at + n);
     Matrix kept = c.kept;

@@ -45,14 +45,6 @@ class Prefixes {
   std::vector<float> values_;
 };
 
-// Sum of fn(lanes, k) over a row, block by block, so that the order is fixed.
-template <int W, class F>
-static inline __attribute__((always_inline)) float row_sum(i64 w, F&& fn) {
-  float sum = 0.f;
-  blocks<W>(width_of<W>(w), [&](auto lanes, i64 k) { sum += lanes.sum(fn(lanes, k)); });
-  return sum;
-}
-
 template <int W>
 static inline __attribute__((always_inline)) void multiply_rows(const float* a, const float* b, float* to, i64 w) {
   blocks<W>(width_of<W>(w), [&](auto lanes, i64 k) { lanes.store(to + k, lanes.load(a + k) * lanes.load(b + k)); });

@@ -17,6 +17,9 @@
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
 #endif
@@ -61,7 +64,8 @@ void parallel(i64 threads, F&& fn) {
   if (region.failed) throw std::bad_alloc();
 }
 
-// Temporary memory of a backward. It is reused by the next, because the page faults of new memory cost as much as the work.
+// Temporary memory of a backward, on huge pages if the OS allows. It is reused by the next, because the page faults of new
+// memory cost as much as the work.
 class Scratch {
  public:
   ~Scratch() {
@@ -75,9 +79,13 @@ class Scratch {
         b.used += bytes;
         return b.memory + b.used - bytes;
       }
-    const i64 size = std::max<i64>(bytes, 1 << 20);
-    char* memory = static_cast<char*>(std::aligned_alloc(64, size));
+    constexpr i64 huge = 1 << 21;
+    const i64 size = bytes < huge ? std::max<i64>(bytes, 1 << 20) : (bytes + huge - 1) / huge * huge;
+    char* memory = static_cast<char*>(std::aligned_alloc(size < huge ? 64 : huge, size));
     if (!memory) throw std::bad_alloc();
+#if defined(__linux__)
+    if (size >= huge) madvise(memory, size, MADV_HUGEPAGE);
+#endif
     blocks_.push_back({memory, size, bytes});
     return memory;
   }
@@ -102,23 +110,30 @@ class Scratch {
   std::vector<Block> blocks_;
 };
 
+// Floats of a vector register. GCC's macros of instruction sets do not follow the pragmas below.
+#define RSE_FLOATS 4
 namespace plain {
 #include "kernels.inl"
 }
+#undef RSE_FLOATS
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define RSE_WIDE 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2,popcnt,f16c")
+#define RSE_FLOATS 8
 namespace avx2 {
 #include "kernels.inl"
 }
+#undef RSE_FLOATS
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2,popcnt,f16c,prefer-vector-width=512")
+#define RSE_FLOATS 16
 namespace avx512 {
 #include "kernels.inl"
 }
+#undef RSE_FLOATS
 #pragma GCC pop_options
 #endif
 
@@ -131,13 +146,14 @@ struct Variant {
   bool (*mask)(const Mask&, i64, i64);
   bool (*mask_backward)(const Mask&, i64);
   void (*train)(const Train&, i64, i64);
+  void (*store_rows)(const Stored&, const float*, i64, const i64*, i64, i64, i64, unsigned char*);
 };
 
 const Variant variants[] = {
-    {"plain", plain::look_up, plain::backward, plain::catch_up_rows, plain::update_listed_rows, plain::mask, plain::mask_backward, plain::train},
+    {"plain", plain::look_up, plain::backward, plain::catch_up_rows, plain::update_listed_rows, plain::mask, plain::mask_backward, plain::train, plain::store_rows},
 #ifdef RSE_WIDE
-    {"avx2", avx2::look_up, avx2::backward, avx2::catch_up_rows, avx2::update_listed_rows, avx2::mask, avx2::mask_backward, avx2::train},
-    {"avx512", avx512::look_up, avx512::backward, avx512::catch_up_rows, avx512::update_listed_rows, avx512::mask, avx512::mask_backward, avx512::train},
+    {"avx2", avx2::look_up, avx2::backward, avx2::catch_up_rows, avx2::update_listed_rows, avx2::mask, avx2::mask_backward, avx2::train, avx2::store_rows},
+    {"avx512", avx512::look_up, avx512::backward, avx512::catch_up_rows, avx512::update_listed_rows, avx512::mask, avx512::mask_backward, avx512::train, avx512::store_rows},
 #endif
 };
 
@@ -168,7 +184,7 @@ extern "C" {
 
 // Size of a record, for the caller to compare with its own.
 RSE_API i64 rse_record_sizes(i64 which) {
-  const i64 sizes[] = {sizeof(Transform), sizeof(RowLookup), sizeof(Feature), sizeof(Call), sizeof(Update), sizeof(Mask), sizeof(Train)};
+  const i64 sizes[] = {sizeof(Transform), sizeof(RowLookup), sizeof(Feature), sizeof(Call), sizeof(Update), sizeof(Mask), sizeof(Train), sizeof(Stored)};
   return sizes[which];
 }
 
@@ -211,6 +227,14 @@ RSE_API int rse_forward(const Call* c) try {
   return NO_MEMORY;
 }
 
+// Whether n offsets start at 0, never decrease, and end at `count`; or, not `closed`, there or below.
+RSE_API i64 rse_offsets_fit(const i64* offsets, i64 n, i64 count, i64 closed) {
+  if (n < 1 || offsets[0] != 0 || offsets[n - 1] > count || (closed && offsets[n - 1] != count)) return 0;
+  i64 falls = 0;
+  for (i64 i = 1; i < n; i++) falls |= offsets[i] < offsets[i - 1];
+  return !falls;
+}
+
 // One step of all storages; with `catch_up`, only the deferred steps of the batch's rows, as needed before rse_forward.
 RSE_API int rse_backward(const Call* c, const Update* updates, int catch_up) try {
   std::unique_lock<std::mutex> lock(scratch_lock, std::try_to_lock);
@@ -242,6 +266,18 @@ RSE_API int rse_update_rows(const Update* update, float* table, i64 width, const
 // Products of the slices of a tensor train, or, with gradients of these, those of the slices.
 RSE_API int rse_train(const Train* t, i64 threads) try {
   parallel(threads, [&](i64 thread, i64 team) { active->train(*t, t->count * thread / team, t->count * (thread + 1) / team); });
+  return DONE;
+} catch (const std::bad_alloc&) {
+  return NO_MEMORY;
+}
+
+// Rounds `count` rows of floats [count, width] to the format of a table in a step of its optimizer, and stores them as
+// `rows`, or from the first row on.
+RSE_API int rse_store_rows(const Stored* s, const float* values, i64 width, const i64* rows, i64 count, i64 step,
+                           unsigned char* table, i64 threads) try {
+  parallel(threads, [&](i64 thread, i64 team) {
+    active->store_rows(*s, values, width, rows, count * thread / team, count * (thread + 1) / team, step, table);
+  });
   return DONE;
 } catch (const std::bad_alloc&) {
   return NO_MEMORY;

@@ -102,6 +102,18 @@ struct Train {
   float* of_columns;
 };
 
+// How rows that train in few bits are stored: codes u = q + 2^(bits - 1) of values q * step, or 16-bit floats.
+struct Stored {
+  i64 kind, bytes;                                 // precision, and bytes from one row to the next
+  i64 seed, stochastic;                            // of the rounding; not stochastic: to nearest
+  double step;                                     // distance of two codes
+};
+
+// How elements of a state are stored: in 16 or 8 bits; or, with 0, as floats or integers.
+struct StateForm {
+  i64 bits, has_sign, least;                       // exponent of the least number that 8 bits hold
+};
+
 // An optimizer's rule, and the state it keeps of one storage.
 struct Rule {
   i64 number;                                      // place among the rules of rules.inl; or one of those above
@@ -110,6 +122,8 @@ struct Rule {
   float* state[4];                                 // in the order of its Python class; integers where it counts steps
   const double* curve;                             // correction by number of steps; the last entry holds for all later ones
   i64 curve_count;
+  i64 rounded, seed;                               // whether some state has 16 or 8 bits; seed of their random bits
+  StateForm forms[4];
 };
 
 // The optimizer step of a storage's rows, given their summed gradients.

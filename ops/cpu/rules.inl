@@ -6,15 +6,7 @@
 
 template <int W>
 static inline float mean_square(const float* g, i64 w) {
-  float total = 0.f;
-  auto wide = Lanes<16>::all(0.f);
-  blocks<W>(w, [&](auto lanes, i64 k) {
-    const auto v = lanes.load(g + k);
-    if constexpr (sizeof(v) == sizeof(wide)) wide += v * v;
-    else total += lanes.sum(v * v);
-  });
-  if (!W || W >= 16) total += Lanes<16>::sum(wide);
-  return total / float(width_of<W>(w));
+  return row_sum<W>(w, [&](auto lanes, i64 k) { return lanes.load(g + k) * lanes.load(g + k); }) / float(width_of<W>(w));
 }
 
 // Buffer of one row, in registers if its width is known at compile time.
@@ -181,10 +173,30 @@ static inline __attribute__((always_inline)) void scale_row(float* weight, const
   });
 }
 
+template <int W>
+static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w);
+
+// As catch_up, with state that each step rounds.
+template <int W>
+static void catch_up_rounded(const Update& u, float* table, i64 row, i64 to, i64 w) {
+  const i64 width = width_of<W>(w);
+  RowState state(u, width);
+  for (i64 t = std::max<i64>(u.last[row], u.first) + 1; t <= to; t++) {
+    i32 last = i32(t - 1);
+    state.step.last = &last;
+    state.read(u.rule, row, width);
+    catch_up<W>(state.step, table + row * width, 0, t, width);
+    state.begin(u.rule, t);
+    state.write(u.rule, row, width);
+  }
+  u.last[row] = i32(to);
+}
+
 // Applies the steps up to `to` that a row was not read in: their gradient is the weight decay alone.
 template <int W>
 static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w) {
   if (!u.last || u.last[row] >= to) return;
+  if (u.rule.rounded) return catch_up_rounded<W>(u, table, row, to, w);
   // Steps before the first of the log are part of every row.
   const i64 width = width_of<W>(w), place = row * width, from = std::max<i64>(u.last[row], u.first) + 1;
   const float decay = float(u.decay);
@@ -226,16 +238,48 @@ static void hand_out(const Update& u, const Summed* rows, i64 count, i64 at, i64
   }
 }
 
-// One step on each row; overwrites its gradient. The rule is chosen once for all rows: for narrow rows, choosing it takes
-// half of the time.
+static inline __attribute__((always_inline)) void prefetch_state(const Update& u, const float* table, i64 row, i64 width) {
+  if (u.rule.number >= 0) prefetch<2>(table + row * width, 4 * width);
+  for (i64 i = 0; i < 4 && u.rule.state[i]; i++) {
+    const i64 bytes = (i < u.rule.elements ? width : 1) * (u.rule.forms[i].bits ? u.rule.forms[i].bits / 8 : 4);
+    prefetch<2>(reinterpret_cast<const char*>(u.rule.state[i]) + row * bytes, bytes);
+  }
+  if (u.last) prefetch<2>(u.last + row, 4);
+}
+
+template <int W, i64 AHEAD = 0>
+static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w);
+
+// As update_rows, with state that each step rounds.
 template <int W>
+static void update_rows_rounded(const Update& u, float* table, const Summed* rows, i64 count, i64 w) {
+  const i64 width = width_of<W>(w);
+  RowState state(u, width);
+  for (i64 i = 0; i < count; i++) {
+    const i64 row = rows[i].row;
+    if (u.last) {
+      catch_up<W>(u, table, row, u.step - 1, width);
+      u.last[row] = i32(u.step);
+    }
+    state.read(u.rule, row, width);
+    const Summed alone{0, rows[i].gradient};
+    update_rows<W>(state.step, table + row * width, &alone, 1, 0, width);
+    state.write(u.rule, row, width);
+  }
+}
+
+// One step on each row; may overwrite its gradient with weight decay. The rule is chosen once for all rows: for narrow
+// rows, choosing it takes half of the time. AHEAD: rows that are prefetched before the one in work.
+template <int W, i64 AHEAD>
 static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w) {
   if (u.rule.number < 0) return hand_out<W>(u, rows, count, at, w);
+  if (u.rule.rounded) return update_rows_rounded<W>(u, table, rows, count, w);
   const i64 width = width_of<W>(w);
   const float size = size_of(u, u.step), eps = epsilon_of(u, u.step), decay = float(u.decay);
   Rules::with(u.rule, [&](const auto& rule) {
     using R = std::decay_t<decltype(rule)>;
     for (i64 i = 0; i < count; i++) {
+      if (AHEAD && i + AHEAD < count) prefetch_state(u, table, rows[i + AHEAD].row, width);
       const i64 row = rows[i].row, place = row * width;
       float *weight = table + place, *g = rows[i].gradient;
       if (u.last) {
@@ -254,13 +298,4 @@ static void update_rows(const Update& u, float* table, const Summed* rows, i64 c
       }
     }
   });
-}
-
-static inline void prefetch_state(const Update& u, const float* table, i64 row, i64 width) {
-  if (u.rule.number >= 0) prefetch<1>(table + row * width, 4 * width);
-  for (i64 i = 0; i < 4 && u.rule.state[i]; i++) {
-    if (i < u.rule.elements) prefetch<1>(u.rule.state[i] + row * width, 4 * width);
-    else prefetch<1>(u.rule.state[i] + row, 4);
-  }
-  if (u.last) prefetch<1>(u.last + row, 4);
 }

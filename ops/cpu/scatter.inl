@@ -84,8 +84,8 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
   reads.rows.assign(2 * c.row_lookup_count, nullptr);
   reads.bags.assign(c.feature_count, nullptr);
   auto tag_of = [&](const Base& base) {
-    reads.bases.all.push_back(base);
-    return i64(reads.bases.all.size()) - 1;
+    reads.bases.push_back(base);
+    return i64(reads.bases.size()) - 1;
   };
   // Without gradients, when only deferred steps are applied.
   auto moved = [](const float* from, i64 elements) { return from ? from + elements : from; };
@@ -98,11 +98,11 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
   };
   i64 elements = 0;
   for (i64 f = 0; f < c.feature_count; f++) elements += width_of(c.features[f]) * count_ids(c, c.features[f]);
-  i64 largest = elements, last = c.batch;
+  i64 largest = elements, lookups = 0;
   for (i64 o = 0; o < c.output_count; o++) largest = std::max(largest, c.batch * c.outputs[o].stride);
-  for (i64 f = 0; f < c.feature_count; f++) last = std::max(last, count_ids(c, c.features[f]));
-  if (largest >> 31) return TOO_LARGE;
-  while (last >> reads.bases.bits) reads.bases.bits++;
+  for (i64 f = 0; f < c.feature_count; f++) lookups += 2 * c.features[f].row_lookups * count_ids(c, c.features[f]);
+  // Marks number the sums of shared rows by 29 bits.
+  if (largest >> 31 || lookups >> 30) return TOO_LARGE;
   float* const temporary = static_cast<float*>(scratch.take(elements * sizeof(float)));
   float* next = temporary;
   for (i64 k = 0; k < c.feature_count; k++) {
@@ -138,7 +138,7 @@ static Outcome plan_reads(const Call& c, Scratch& scratch, Reads& reads) {
       reads.sources[p.weight_storage].push_back({p.weight_storage, 1, p.weight_base, p.weight_rows, tag, count, reads.rows[2 * j + 1], nullptr});
     }
   }
-  return i64(reads.bases.all.size()) >> std::min<i64>(16, PLACE_BITS - reads.bases.bits) ? TOO_LARGE : DONE;
+  return i64(reads.bases.size()) >> 16 ? TOO_LARGE : DONE;
 }
 
 // Calls fn(feature, first id, count) for pieces of at most `size` ids of samples [from, to).
@@ -205,7 +205,8 @@ static int backward(const Call& c, const Update* updates, bool catch_up, Scratch
     const i64 width = c.storage_widths[s];
     if (slices && catch_up) catch_up_rows(updates[s], c.storages[s], width, c.threads, nullptr, 0);
     else if (slices) update_elements(c, sources, reads.bases, updates[s], c.storages[s], scratch);
-    else visit_rows(c, sources, reads.bases, updates[s], c.storages[s], width, catch_up, scratch);
+    else if (catch_up) catch_up_tables(c, sources, updates[s], c.storages[s], width, scratch);
+    else update_tables(c, sources, reads.bases, updates[s], c.storages[s], width, scratch);
   }
   return DONE;
 }

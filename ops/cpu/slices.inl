@@ -73,7 +73,7 @@ static void update_elements(const Call& c, const std::vector<Source>& sources, c
   buckets.fill(c.threads, lookups, scratch, [&](i64 from, i64 to, auto&& put) {
     each_lookup(sources, from, to, [&](const Source& s, i64 b) {
       if (s.of[b] < 0) return;
-      i64 at = s.of[b], left = s.num_rows, offset = s.place(b) * bases.all[s.tag].stride;
+      i64 at = s.of[b], left = s.num_rows, offset = s.place(b) * bases[s.tag].stride;
       while (left) {
         const i64 end = std::min(s.base + s.rows, (at >> shift << shift) + range), length = std::min(left, end - at);
         put(at >> shift, Piece{u32(at), u32(offset), uint16_t(length), uint16_t(s.tag)});
@@ -88,7 +88,7 @@ static void update_elements(const Call& c, const std::vector<Source>& sources, c
     memory.touched.assign(range / 64, 0);
     for (i64 i = buckets.starts[b]; i < buckets.starts[b + 1]; i++) {
       const Piece& piece = buckets.entries[i];
-      const Base& base = bases.all[piece.tag];
+      const Base& base = bases[piece.tag];
       const float* __restrict g = base.gradient + piece.offset;
       float* __restrict sum = memory.sum.data() + (piece.first - first);
       for (i64 k = 0; k < piece.length; k++) sum[k] += base.factor * g[k];

@@ -29,7 +29,7 @@ struct Line {
   float scale, bias;
 };
 
-#if defined(__AVX2__) && defined(__F16C__)
+#if RSE_FLOATS >= 8
 // The conversions below by hand, because GCC widens bytes to integers one by one.
 static inline Line line_of(i64 kind, const unsigned char* row) {
   i32 both;
@@ -42,9 +42,14 @@ static inline Line line_of(i64 kind, const unsigned char* row) {
 template <int N>
 struct Block;
 
+// The product of a code and a scale of half precision is exact, so that a fused addition rounds as one after it does.
 template <>
 struct Block<8> {
   typedef Lanes<8>::V V;
+
+  static inline V on_line(V codes, Line line) {
+    return (V)_mm256_fmadd_ps((__m256)codes, _mm256_set1_ps(line.scale), _mm256_set1_ps(line.bias));
+  }
 
   static inline V halves(const unsigned char* from) {
     return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -62,11 +67,11 @@ struct Block<8> {
   static inline V bytes(const unsigned char* from) {
     return (V)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
   }
-  static inline V nibbles(const unsigned char* from) {
+  static inline V nibbles(const unsigned char* from, Line line) {
     u32 word;
     std::memcpy(&word, from, 4);
     const __m256i apart = _mm256_srlv_epi32(_mm256_set1_epi32(i32(word)), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
-    return (V)_mm256_cvtepi32_ps(_mm256_and_si256(apart, _mm256_set1_epi32(15)));
+    return on_line((V)_mm256_cvtepi32_ps(_mm256_and_si256(apart, _mm256_set1_epi32(15))), line);
   }
   static inline V pairs(const unsigned char* from) {
     const __m256i word = _mm256_set1_epi32(read_16(from));
@@ -75,10 +80,14 @@ struct Block<8> {
   }
 };
 
-#if defined(__AVX512F__)
+#if RSE_FLOATS == 16
 template <>
 struct Block<16> {
   typedef Lanes<16>::V V;
+
+  static inline V on_line(V codes, Line line) {
+    return (V)_mm512_fmadd_ps((__m512)codes, _mm512_set1_ps(line.scale), _mm512_set1_ps(line.bias));
+  }
 
   static inline V halves(const unsigned char* from) {
     return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -96,13 +105,15 @@ struct Block<16> {
   static inline V bytes(const unsigned char* from) {
     return (V)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   }
-  static inline V nibbles(const unsigned char* from) {
+  // The sixteen values of a row are a register, from which the low bits of integers choose.
+  static inline V nibbles(const unsigned char* from, Line line) {
     i32 low, high;
     std::memcpy(&low, from, 4);
     std::memcpy(&high, from + 4, 4);
-    const __m512i word = _mm512_inserti64x4(_mm512_set1_epi32(low), _mm256_set1_epi32(high), 1);
+    const V codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const __m512i word = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xFF00, high);
     const __m512i by = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-    return (V)_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(word, by), _mm512_set1_epi32(15)));
+    return (V)_mm512_permutexvar_ps(_mm512_srlv_epi32(word, by), (__m512)on_line(codes, line));
   }
   static inline V pairs(const unsigned char* from) {
     i32 word;
@@ -141,14 +152,14 @@ static inline typename Lanes<N>::V decoded(const unsigned char* row, i64 k, Line
     const int code = KIND == INT8 ? codes[k] : KIND == INT4 ? codes[k / 2] >> (4 * (k & 1)) & 15 : codes[k / 4] >> (2 * (k & 3)) & 3;
     return float(code) * line.scale + line.bias;
   } else {
-#if defined(__AVX2__) && defined(__F16C__)
+#if RSE_FLOATS >= 8
     typedef Block<N> B;
     if constexpr (KIND == FP16) return B::halves(row + 2 * k);
     else if constexpr (KIND == BF16) return B::brain_halves(row + 2 * k);
     else if constexpr (KIND == FP8) return B::eighths(row + 2 + k) * line.scale;
-    else if constexpr (KIND == INT8) return B::bytes(row + 4 + k) * line.scale + line.bias;
-    else if constexpr (KIND == INT4) return B::nibbles(row + 4 + k / 2) * line.scale + line.bias;
-    else return B::pairs(row + 4 + k / 4) * line.scale + line.bias;
+    else if constexpr (KIND == INT8) return B::on_line(B::bytes(row + 4 + k), line);
+    else if constexpr (KIND == INT4) return B::nibbles(row + 4 + k / 2, line);
+    else return B::on_line(B::pairs(row + 4 + k / 4), line);
 #endif
   }
 }

@@ -3,20 +3,10 @@
 // Slices of an id stand one after the other: that of core k is [rank[k], width[k], rank[k + 1]]. The product so far is
 // a matrix [left, rank]; times the next slice, as [rank, width * next rank], it is that of the next core, row by row.
 
-// As `blocks`, with parts of 8, as wide as many slices are.
-template <class F>
-static inline __attribute__((always_inline)) void parts(i64 w, F&& fn) {
-  i64 k = 0;
-  for (; k + 16 <= w; k += 16) fn(Lanes<16>(), k);
-  for (; k + 8 <= w; k += 8) fn(Lanes<8>(), k);
-  for (; k + 4 <= w; k += 4) fn(Lanes<4>(), k);
-  for (; k < w; k++) fn(Lanes<1>(), k);
-}
-
 // out[R, columns] = a[R, inner] * b[inner, columns], of which each part that is read serves R rows.
 template <int R>
 static inline void multiply_rows(const float* a, const float* b, float* out, i64 inner, i64 columns) {
-  parts(columns, [&](auto lanes, i64 k) {
+  blocks<0>(columns, [&](auto lanes, i64 k) {
     typedef decltype(lanes) L;
     typename L::V sums[R];
     for (int i = 0; i < R; i++) sums[i] = L::all(0.f);

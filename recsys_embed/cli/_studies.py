@@ -323,8 +323,11 @@ def pick(
     out: Annotated[Path | None, typer.Option("--out", help="Run folder of the training; default RUN/trial-N.")] = None,
     file: Annotated[Path | None, typer.Option("--export", help="Also write the model to serve: m.safetensors.")] = None,
     precision: Annotated[
-        str, typer.Option("--precision", help="Precision of that file: fp32, fp16, bf16, fp8, int8, int4, int2.")
-    ] = "fp32",
+        str | None,
+        typer.Option(
+            "--precision", help="Precision of that file: fp32, fp16, bf16, fp8, int8, int4, int2; default the plan's."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Train one trial of a study in full, test it, and export it."""

@@ -130,9 +130,11 @@ class BatchedLookup:
         ordered: they stand there already.
         mixed: torch reads tables in the same forward, or another call the same rows, so that gradients are collected
             into one step.
+        reads_generated: it reads the rows of features whose vectors are computed, of distinct ids; else torch does.
     """
 
     mixed = False
+    reads_generated = True
 
     def __init__(self, features: BatchedFeatures, rest: Sequence[int], name: str) -> None:
         self.rest, self.order, self.ordered = list(rest), f"order_{name}", False
@@ -271,8 +273,13 @@ class BatchedLookup:
 
 
 class TritonBatchedLookup(BatchedLookup):
-    """One call of the Triton kernels on a GPU."""
+    """One call of the Triton kernels on a GPU.
 
+    Rows of generators are so wide, thousands of columns, that kernels of them take minutes to compile. Torch's gathers
+    read them as fast.
+    """
+
+    reads_generated = False
     _takes_masks = False
     _runs_heads = False
 

@@ -32,6 +32,7 @@ from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.masks import Masking
 from recsys_embed.kernels.places import Gather, read_rows
+from recsys_embed.kernels.row_cache import RowCaches
 from recsys_embed.kernels.storage import stack_tables
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.unseen_ids import UnseenCount
@@ -363,7 +364,7 @@ class EmbeddingCollection(FusedTables):
         """Bytes held: weights, index buffers, optimizer state, and with ``optimizer=None`` the tables' gradients."""
         weights = sum(p.numel() * p.element_size() for p in self.parameters())
         state = sum(getattr(self, f"{name}_{key}").nbytes for name, key in self._states())
-        index = sum(store.nbytes for store in self.modules() if isinstance(store, IndexStore))
+        index = sum(store.nbytes for store in self.modules() if isinstance(store, IndexStore | RowCaches))
         gradient = sum(p.nbytes for p in unfused_parameters(self))
         served = sum((m.footprint() for m in self.modules() if isinstance(m, StoredTables)), Footprint())
         unrounded = sum(size * table.elements - table.nbytes(size) for table, size in self._held_tables())

@@ -10,6 +10,7 @@ from torch import Tensor
 from recsys_embed.collection.batched_lookup import BatchedLookup
 from recsys_embed.kernels.distinct_ids import distinct_ids
 from recsys_embed.kernels.native.autograd import NativeStep
+from recsys_embed.kernels.row_cache import RowCaches
 
 
 class GeneratedLookup(NamedTuple):
@@ -20,18 +21,27 @@ class GeneratedLookup(NamedTuple):
         tables: per storage.
         step: of tables with a fused optimizer, one step of all features.
         sparse: gradients of other tables are sparse.
+        caches: of served rows.
     """
 
     lookup_of: Callable[[int], BatchedLookup | None]
     tables: list[Tensor]
     step: NativeStep | None
     sparse: bool
+    caches: RowCaches | None
 
     def __call__(self, feature: int, ids: Tensor) -> Tensor | None:
         """Vectors ``[n, width]`` of resolved ``ids [n]``; None: torch has to."""
         batched = self.lookup_of(feature)
         if batched is None:
             return None
+
+        def compute(distinct: Tensor) -> Tensor:
+            (vectors,) = batched.single(distinct.unsqueeze(1), self.tables, self.step, self.sparse, resolved=True)
+            return vectors.flatten(1)
+
+        kept = None if self.caches is None else self.caches.rows(feature, ids, compute)
+        if kept is not None:
+            return kept
         found = distinct_ids(ids)
-        (vectors,) = batched.single(found.ids.unsqueeze(1), self.tables, self.step, self.sparse, resolved=True)
-        return found.scatter(vectors.flatten(1))
+        return found.scatter(compute(found.ids))

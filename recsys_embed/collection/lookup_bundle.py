@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import cast
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from recsys_embed.collection.bags import Bags, pick
 from recsys_embed.collection.batched_lookup import BATCHED_LOOKUPS, BatchedFeatures, BatchedLookup
+from recsys_embed.collection.feature_lookups import FeatureLookups
 from recsys_embed.collection.first_readers import by_first_reader
 from recsys_embed.collection.generated_rows import GeneratedLookup
 from recsys_embed.collection.head_tables import HeadTables, TensorOptions
@@ -20,7 +19,6 @@ from recsys_embed.collection.torch_features import features_for_torch, readers_o
 from recsys_embed.embedding.compressed_embedding import CompressedEmbedding
 from recsys_embed.errors import UnknownNameError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec, Schema
-from recsys_embed.kernels.constants import Constants
 from recsys_embed.kernels.distinct_ids import DistinctIds, distinct_ids
 from recsys_embed.kernels.id_checks import given_ids
 from recsys_embed.kernels.indexes import first_of_equals
@@ -41,7 +39,7 @@ def _own(name: str) -> str:
     return "feature_" + name
 
 
-class LookupBundle(Constants):
+class LookupBundle(FeatureLookups):
     """The lookups of all features of a schema.
 
     Features whose rows kernels gather form groups; a feature whose method computes (``config.computes``) is a module
@@ -113,6 +111,7 @@ class LookupBundle(Constants):
         generated = {j for j, program in enumerate(programs) if program.generates}
         self._generated = frozenset(p for p, part in enumerate(self.parts) if place.get(part[0]) in generated)
         self.parts += [(i,) for i in range(len(schema)) if i not in place]
+        self.caches = None
         self.projections = nn.ParameterDict()
         self.heads = HeadTables(schema, self.programs, zeros, self.projections, self.own, _own, options)
         for g, part in enumerate(self.parts[: self.grouped]):
@@ -166,10 +165,12 @@ class LookupBundle(Constants):
             )  # fmt: skip
 
         for left, found, end in zip(left_to_torch, (self.batched, self.batched_bags), ("", "_bags"), strict=True):
-            known = [j for j in range(len(specs)) if j not in left]
-            run = [j for j in known if j not in generated]
+            run = [j for j in range(len(specs)) if j not in left | generated]
             rest = [p for p, part in enumerate(self.parts) if p >= self.grouped or place[part[0]] not in run]
-            for name in kernels if known else ():
+            for name in kernels:
+                computed = generated - left if BATCHED_LOOKUPS[name].reads_generated else set[int]()
+                if not (known := sorted({*run, *computed})):
+                    continue
                 if not end:
                     self._makers[name] = features_of(known)
                 if end and rest == (self.batched[name].rest if name in self.batched else None):
@@ -178,7 +179,7 @@ class LookupBundle(Constants):
                 found[name] = BATCHED_LOOKUPS[name](features_of(run), rest, f"{name}{end}")
                 found[name].ordered = self._add_order(found[name].order, self._batched_parts(found[name]), device)
                 # Rows that only one call reads can be stepped by it; those that torch reads beside it are collected.
-                by_torch = [p for p in rest if p not in self._generated or place[self.parts[p][0]] in left]
+                by_torch = [p for p in rest if p not in self._generated or place[self.parts[p][0]] not in computed]
                 found[name].mixed = shares or bool(by_torch)
 
     def _batched_parts(self, batched: BatchedLookup) -> list[tuple[int, ...]]:
@@ -267,7 +268,7 @@ class LookupBundle(Constants):
             asked[p] = ids if len(part) == ids.shape[1] and self.ordered else ids[:, list(part)]
             if p not in self._generated:
                 continue
-            vectors = None if by_kernels is None else by_kernels(part[0], asked[p][:, 0])
+            vectors = self._generated_rows(part[0], asked[p][:, 0], gather, by_kernels)
             if vectors is not None:
                 out[p] = vectors
                 continue
@@ -311,62 +312,9 @@ class LookupBundle(Constants):
                 ids,
                 batched.rest,
                 gather,
-                GeneratedLookup(partial(self.batched_lookup_of, kernels), tables, step, sparse),
+                self._by_kernels(kernels, tables, step, sparse),
             )
         return self._assemble(parts, batched.ordered, batched.order)
-
-    def unpooled(self, feature: int, ids: Tensor, gather: Gather) -> Tensor:
-        """Vectors ``[n, width]`` of int64 ``ids [n]`` of one feature."""
-        ids = self.unseen(ids, feature)
-        group = self._places.get(feature)
-        if group is None:
-            return self.vectors_of(feature, ids).flatten(1)
-        part, key = self.parts[group], f"unpooled{feature}_0"
-        found = distinct_ids(ids) if group in self._generated else DistinctIds(ids, None)
-        local = torch.full_like(found.ids, part.index(feature))
-        (columns,) = self.kernel([found.ids], [local], gather, [group])
-        if self.heads.head(key) is None:
-            return columns
-        return found.scatter(self.heads.vectors(key, columns.unsqueeze(1), found.ids.unsqueeze(1)).flatten(1))
-
-    def unpooled_batched(
-        self,
-        feature: int,
-        batched: BatchedLookup,
-        ids: Tensor,
-        tables: list[Tensor],
-        step: NativeStep | None,
-        sparse: bool,
-    ) -> Tensor:
-        """As :meth:`unpooled`, by :meth:`batched_lookup_of` the feature."""
-        if self._places[feature] in self._generated:
-            look_up = GeneratedLookup(lambda _: batched, tables, step, sparse)
-            return cast("Tensor", look_up(feature, self.unseen(ids.long(), feature)))
-        return batched.single(ids.unsqueeze(1), tables, step, sparse)[0].flatten(1)
-
-    def batched_lookup_of(self, kernels: str, feature: int) -> BatchedLookup | None:
-        """The lookup of one feature by kernels; None where these leave it to torch."""
-        # Dynamo reads a dictionary once, so that each feature has its own, which is complete when it is read.
-        if torch.compiler.is_compiling() or kernels not in self._unpooled[feature]:
-            self._make_lookup_of(kernels, feature)
-        return self._unpooled[feature][kernels]
-
-    def _make_lookup_of(self, kernels: str, feature: int) -> bool:
-        every, found = self._makers[kernels], self._unpooled[feature]
-        if kernels in found or feature not in every.positions:
-            found.setdefault(kernels, None)
-            return True
-        at = list(every.positions).index(feature)
-        one = replace(
-            every, numbers=[every.numbers[at]], positions=[feature], columns=[0], programs=[every.programs[at]],
-            places=[every.places[at]],
-        )  # fmt: skip
-        found[kernels] = BATCHED_LOOKUPS[kernels](one, [], f"unpooled{feature}_")
-        return True
-
-    # Encodings of programs are made by numpy, which Dynamo does not follow. What torch.compiler.assume_constant_result
-    # sets, without the seconds that it takes to import Dynamo.
-    _make_lookup_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def pooled_batched(
         self, kernels: str, bags: Bags, tables: list[Tensor], step: NativeStep | None, sparse: bool, gather: Gather
@@ -377,7 +325,7 @@ class LookupBundle(Constants):
         bags = self.resolved(bags) if known else bags
         parts = batched.pooled(bags, tables, step, sparse, lambda: self.resolved(bags))
         if batched.rest:
-            by_kernels = GeneratedLookup(partial(self.batched_lookup_of, kernels), tables, step, sparse)
+            by_kernels = self._by_kernels(kernels, tables, step, sparse)
             parts += self._pooled(bags, None, batched.rest, gather, check=not known, by_kernels=by_kernels)
         return self._assemble(parts, batched.ordered, batched.order)
 
@@ -428,7 +376,7 @@ class LookupBundle(Constants):
         computed: dict[int, Tensor] = {}
         for p, ids in zip(parts, values, strict=True):
             if p in self._generated:
-                vectors = None if by_kernels is None else by_kernels(self.parts[p][0], ids)
+                vectors = self._generated_rows(self.parts[p][0], ids, gather, by_kernels)
                 if vectors is None:
                     distinct[p] = distinct_ids(ids)
                 else:

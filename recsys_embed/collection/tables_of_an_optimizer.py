@@ -185,7 +185,7 @@ class TablesOfAnOptimizer(TablesWithState):
                 be computed, or is not finite where ``check_finite`` asks for it.
             IdRangeError: a gradient has rows beyond its table.
         """
-        if self.optimizer is not None and rule.tensors != self.optimizer.tensors:
+        if self.optimizer is not None and rule.formats != self.optimizer.formats:
             raise ConfigError(f"{rule} keeps other state than {self.optimizer}; build the collection with it")
         self._refuse_writes()
         for name, weight in zip(self.storages, self._weights(), strict=True):

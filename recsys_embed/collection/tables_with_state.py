@@ -37,6 +37,7 @@ from recsys_embed.kernels.native import row_steps
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
 from recsys_embed.kernels.storage import allocate
 from recsys_embed.optim import FusedOptimizer, is_rate
+from recsys_embed.optim.state_format import copy_state, reset_state
 from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.types import JSON
 
@@ -109,13 +110,13 @@ class TablesWithState(nn.Module):
         for name, (rows, width) in shapes.items():
             weight = allocate(rows, width, device, dtype)
             self.register_parameter(name, nn.Parameter(weight))
+            formats = optimizer.formats if optimizer else {}
             for key, kind in optimizer.tensors.items() if optimizer else ():
-                number = torch.int32 if kind == "step" else torch.float32
-                state = allocate(rows, width if kind == "element" else 1, device, number)
+                state = allocate(rows, width if kind == "element" else 1, device, formats[key].dtype)
                 self.register_buffer(f"{name}_{key}", state, persistent=False)
         self._keys = tuple(optimizer.tensors) if optimizer else ()
         self._lr = optimizer.lr if optimizer else 0.0
-        self._step_logs = {name: StepLog() for name in self.storages}
+        self._start_logs()
         # Several threads may train at once, and kernels read rows that another thread's step would change.
         self._lock = _Lock()
         # Whether backward steps the optimizer, rather than leave that to a torch optimizer; and whether weights were
@@ -133,18 +134,22 @@ class TablesWithState(nn.Module):
         super().__setstate__(state)
         self._forget_writes()
 
+    def _start_logs(self) -> None:
+        """No steps so far; seeds leave room for those of the states of a table."""
+        self._step_logs = {name: StepLog(seed=16 * i) for i, name in enumerate(self.storages)}
+
     def _own_parameters(self) -> None:
         """Remember which tensors are this module's, for others may stand in their place while it runs."""
         self.__dict__["_owned"] = tuple(self._parameters.get(name) for name in self.storages)
         self._forget_writes()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Sums of squares overflow half precision and stall bfloat16, so state keeps float32 whatever weights become.
+        # Sums of squares overflow half precision and stall bfloat16, so state keeps its format whatever weights become.
         kept = self._all_states()
         # As torch names it: memory that nothing has filled holds no state, and has missed no steps.
         if "to_empty" in getattr(fn, "__qualname__", ""):
             self._unfilled = frozenset(self.storages)
-            self._step_logs = {name: StepLog() for name in self.storages}
+            self._start_logs()
         super()._apply(fn, recurse)
         self._own_parameters()
         for name, before in kept.items():
@@ -190,7 +195,7 @@ class TablesWithState(nn.Module):
                     # Weights were assigned to a module built on the meta device.
                     state = torch.empty_like(state, device=weight.device)
                     setattr(self, f"{name}_{key}", state)
-                cast("FusedOptimizer", self.optimizer).reset_state_(key, state, weight.detach())
+                reset_state(cast("FusedOptimizer", self.optimizer), key, state, weight.detach())
             self._count_steps({name: 0})
         self._expects_state = False
 
@@ -416,9 +421,9 @@ class TablesWithState(nn.Module):
             for key, value in tensors.items():
                 have = getattr(self, f"{name}_{key}")
                 if have.is_meta and not value.is_meta:
-                    setattr(self, f"{name}_{key}", value.detach().to(have.dtype, copy=True))
-                else:
-                    have.copy_(value)
+                    have = torch.empty_like(have, device=value.device)
+                    setattr(self, f"{name}_{key}", have)
+                copy_state(cast("FusedOptimizer", self.optimizer), key, have, value)
             self._count_steps({name: steps})
         self._expects_state = self._in_backward and any(found.steps == ELSEWHERE for found in saved.values())
 
@@ -454,8 +459,8 @@ class TablesWithState(nn.Module):
 
     @property
     def _rule(self) -> str:
-        """The update rule without its learning rate, which a resumed run may change and the state carries anyway."""
-        return repr(replace(self.optimizer, lr=0.0)) if self.optimizer else "None"
+        """The update rule without what a resumed run may change: learning rate and precision of the state."""
+        return repr(replace(self.optimizer, lr=0.0, state_precision="fp32")) if self.optimizer else "None"
 
     def optimizer_state_dict(self) -> JSON:
         """State of the fused optimizer: tensors by storage and name, step counts, learning rate, and its rule."""
@@ -478,8 +483,9 @@ class TablesWithState(nn.Module):
         check_state(saved, self._rule, self.optimizer, have, self.storages)
         # Missed steps belong to the weights that there are.
         self.catch_up_()
-        for key, state in have.items():
-            state.copy_(saved["state"][key])
+        for storage, key in self._states():
+            name = f"{storage}_{key}"
+            copy_state(cast("FusedOptimizer", self.optimizer), key, have[name], saved["state"][name])
         self._expects_state = False
         self._lr = float(saved["lr"])
         # States of earlier versions do not say it: their rate was a schedule's only where somebody set it.

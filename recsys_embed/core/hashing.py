@@ -20,15 +20,15 @@ from recsys_embed.utils.types import IdValues
 _U64 = 1 << 64
 
 
-def _signed(value: int) -> int:
+def as_signed(value: int) -> int:
     """The int64 with the bits of an unsigned 64-bit value."""
     value %= _U64
     return value - _U64 if value >= _U64 // 2 else value
 
 
-_GAMMA = _signed(0x9E3779B97F4A7C15)
-_MIX1 = _signed(0xBF58476D1CE4E5B9)
-_MIX2 = _signed(0x94D049BB133111EB)
+_GAMMA = as_signed(0x9E3779B97F4A7C15)
+_MIX1 = as_signed(0xBF58476D1CE4E5B9)
+_MIX2 = as_signed(0x94D049BB133111EB)
 
 
 def salt(seed: int, *parts: str | int) -> int:
@@ -40,7 +40,7 @@ def salt(seed: int, *parts: str | int) -> int:
     (True, False)
     """
     text = "\x1f".join([str(seed), *(f"{type(p).__name__[0]}{p}" for p in parts)])
-    return _signed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
+    return as_signed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -60,7 +60,15 @@ def splitmix64(ids: Tensor, salts: Tensor | int) -> Tensor:
     >>> splitmix64(torch.tensor([0]), 0).item() % 2**64 == 0xE220A8397B1DCDAF
     True
     """
-    z = (ids ^ salts) + _GAMMA
+    return mix64((ids ^ salts) + _GAMMA)
+
+
+def mix64(z: Tensor) -> Tensor:
+    """The finaliser of splitmix64: int64 of the shape of ``z``, one to one.
+
+    >>> mix64(torch.tensor([0])).tolist()
+    [0]
+    """
     z = (z ^ _shift_right(z, 30)) * _MIX1
     z = (z ^ _shift_right(z, 27)) * _MIX2
     return z ^ _shift_right(z, 31)
@@ -105,13 +113,13 @@ def sequence(salts: Tensor | int, numbers: Tensor) -> Tensor:
     return salts + numbers * _GAMMA
 
 
-_MURMUR1 = _signed(0x87C37B91114253D5)
-_MURMUR2 = _signed(0x4CF5AD432745937F)
+_MURMUR1 = as_signed(0x87C37B91114253D5)
+_MURMUR2 = as_signed(0x4CF5AD432745937F)
 
 
 def _fmix64(h: Tensor) -> Tensor:
-    h = (h ^ _shift_right(h, 33)) * _signed(0xFF51AFD7ED558CCD)
-    h = (h ^ _shift_right(h, 33)) * _signed(0xC4CEB9FE1A85EC53)
+    h = (h ^ _shift_right(h, 33)) * as_signed(0xFF51AFD7ED558CCD)
+    h = (h ^ _shift_right(h, 33)) * as_signed(0xC4CEB9FE1A85EC53)
     return h ^ _shift_right(h, 33)
 
 
@@ -228,7 +236,7 @@ def _distinct_ids(values: list[Any], id_bits: int, hexadecimal: bool) -> dict[An
         elif isinstance(value, bytes):
             texts.append((value, value))
         elif isinstance(value, (int, np.integer)):
-            ids[value] = _signed(int(value))
+            ids[value] = as_signed(int(value))
         else:
             ids[value] = EMPTY_ID[id_bits]
     lengths = range(1, id_bits // 4 + 1) if hexadecimal else (8, 16)
@@ -252,5 +260,5 @@ def _distinct_ids(values: list[Any], id_bits: int, hexadecimal: bool) -> dict[An
             )
         else:
             digest = hashlib.blake2b(text, digest_size=8).digest()
-            ids[value] = _signed(int.from_bytes(digest, "little"))
+            ids[value] = as_signed(int.from_bytes(digest, "little"))
     return ids

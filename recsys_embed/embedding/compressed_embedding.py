@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from recsys_embed.kernels.native.trains import run_natively
 from recsys_embed.kernels.places import Place, absent_ids, read_rows
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.recording import tracing
+from recsys_embed.kernels.row_cache import RowCaches
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.triton import status
 from recsys_embed.kernels.triton.lazy_lookup import LazyLookup
@@ -126,6 +127,8 @@ class CompressedEmbedding(ModuleTables):
         self.shared = shared
         # What a loaded export reads in place of its tables.
         self.served: StoredTables | None = None
+        # Of rows that are computed, where a loaded file is served with it.
+        self.caches: RowCaches | None = None
         for table in self.program.tables:
             if shared is not None and table.name in shared.values:
                 self.register_parameter(table.name, shared.take(table, f"{type(self).__name__} {name!r}"))
@@ -138,9 +141,11 @@ class CompressedEmbedding(ModuleTables):
             self.kernel = VectorisedLookup([self.program], [places], optional=self.unseen.zeros)
         self._indexed = bool(self.kernel.index.arrays.held)
         self._native: SingleLookup | None = None
+        self._triton: LazyLookup | None = None
         if self.program.row_lookups and supported(self.program):
             self._native = SingleLookup(self.program, self.kernel.index, self.unseen.zeros[0])
-            self._triton = LazyLookup.single(name, self.program, self.kernel.index, self.unseen.zeros[0])
+            if not self.program.generates:  # as collections leave these to torch on a GPU
+                self._triton = LazyLookup.single(name, self.program, self.kernel.index, self.unseen.zeros[0])
         self._given = frozenset(shared.values if shared is not None else ())
         self._seeded = config is not None or "seed" in params
         self.reset_parameters()
@@ -161,12 +166,19 @@ class CompressedEmbedding(ModuleTables):
         head = self.program.head
         if head is None:
             return self._columns(ids)
+        kept = None if self.caches is None else self.caches.rows(0, ids, self._computed)
+        if kept is not None:
+            return kept
         found = distinct_ids(ids) if head.generates else DistinctIds(ids, None)
-        columns = self._columns(found.ids)
+        return found.scatter(self._computed(found.ids))
+
+    def _computed(self, ids: Tensor) -> Tensor:
+        """Vectors of resolved ``ids [n]`` by the program's head."""
+        head, columns = cast("Head", self.program.head), self._columns(ids)
         out = run_natively(head, columns) if head.generates and self._native is not None else None
         if out is None:
-            out = run_head(head, columns, [self.table(n) for n in head.tables], found.ids, self._policy.zeros[0])
-        return found.scatter(out)
+            out = run_head(head, columns, [self.table(n) for n in head.tables], ids, self._policy.zeros[0])
+        return out
 
     def _columns(self, ids: Tensor) -> Tensor:
         """Combined rows of resolved int64 ``ids [n]``, before the program's head."""
@@ -195,7 +207,7 @@ class CompressedEmbedding(ModuleTables):
         tables = [self.table(name) for name in self._native.tables]
         if runs_on(ids, tables):
             return self._native(ids, tables, self.sparse)
-        if status.runs_on(ids, tables):
+        if self._triton is not None and status.runs_on(ids, tables):
             return self._triton(ids.unsqueeze(1), tables, sparse=self.sparse)[0]
         return None
 

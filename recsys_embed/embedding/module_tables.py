@@ -22,6 +22,7 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec, spec_to_dict
 from recsys_embed.kernels.hidden_buffers import HiddenBuffers
 from recsys_embed.kernels.recording import refuse_scripting
+from recsys_embed.kernels.row_cache import RowCaches
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.unseen_ids import with_unseen
 from recsys_embed.kernels.vectorised import VectorisedLookup
@@ -85,6 +86,7 @@ class ModuleTables(nn.Module):
     kernel: VectorisedLookup
     shared: SharedTables | None
     served: StoredTables | None
+    caches: RowCaches | None
     _given: frozenset[str]
 
     @abstractmethod
@@ -229,10 +231,11 @@ class ModuleTables(nn.Module):
 
     def footprint(self) -> Footprint:
         """Bytes this module serves and trains with (without optimizer state)."""
+        cached = Footprint(index=0 if self.caches is None else self.caches.nbytes)
         if self.served is not None:
             own = sum(p.nbytes for p in self.parameters())
-            return self.served.footprint() + Footprint(own, self.kernel.index.nbytes)
-        return self.config.footprint(self.spec, next(self.parameters()).element_size())
+            return self.served.footprint() + Footprint(own, self.kernel.index.nbytes) + cached
+        return self.config.footprint(self.spec, next(self.parameters()).element_size()) + cached
 
     # -- tables shared with other modules -------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ Files may be malicious: nothing is allocated by sizes that a header claims, only
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ _ALIGN = 64
 _MAX_DIMS = 16  # numbers of many factors take long to multiply
 _START = b'{"__metadata__":{"digest":"'
 _ZEROS = b"0" * 64
+_HUGEPAGE = 14  # MADV_HUGEPAGE of Linux
 _NORESERVE = 0x4000  # MAP_NORESERVE of Linux: private pages that are never written need no swap
 
 
@@ -251,6 +253,38 @@ class ExportFile:
         return torch.frombuffer(self._buffer, dtype=DTYPES[dtype], count=count, offset=self._offset + start)
 
 
+class LargeWrites:
+    """Gathers what is written to a file into pieces of 16 MiB that end at multiples of it.
+
+    File caches of Linux take pages as large as a write covers, and huge pages are read several times as fast by rows.
+
+    Args:
+        file: where it begins to write, at its position.
+    """
+
+    _SIZE = 16 << 20
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._held = file, memoryview(bytearray(self._SIZE))
+        self._first = self._end = file.tell() % self._SIZE
+
+    def write(self, data: memoryview) -> int:
+        """Take bytes; how many they are."""
+        size = len(data)
+        while len(data):
+            count = min(len(data), self._SIZE - self._end)
+            self._held[self._end : self._end + count] = data[:count]
+            self._end, data = self._end + count, data[count:]
+            if self._end == self._SIZE:
+                self.flush()
+        return size
+
+    def flush(self) -> None:
+        """Write what is held."""
+        self._file.write(self._held[self._first : self._end])
+        self._first = self._end = self._end % self._SIZE
+
+
 def _foreign(text: bytes) -> bool:
     """Whether a header is of a safetensors file that this library did not write."""
     if text.startswith(_START) or b'"recsys_embed"' in text:
@@ -265,8 +299,14 @@ def _foreign(text: bytes) -> bool:
 
 
 def _map(fd: int, size: int) -> mmap.mmap:
-    """The file mapped privately (copy on write), because torch does not accept read-only memory."""
+    """The file mapped privately (copy on write), because torch does not accept read-only memory.
+
+    On huge pages where the system's file cache holds them: of ext4, XFS and tmpfs on recent kernels of Linux.
+    """
     if sys.platform.startswith("linux"):
         flags = mmap.MAP_PRIVATE | _NORESERVE
-        return mmap.mmap(fd, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        mapped = mmap.mmap(fd, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            mapped.madvise(_HUGEPAGE)
+        return mapped
     return mmap.mmap(fd, size, access=mmap.ACCESS_COPY)

@@ -15,6 +15,7 @@ from recsys_embed.core.id_sets import is_bitmap, rises_within
 from recsys_embed.core.index import IndexArrays
 from recsys_embed.discover import join_path
 from recsys_embed.errors import BackendError, CheckpointError, unknown_name
+from recsys_embed.exports.cached_rows import cache_rows
 from recsys_embed.exports.earlier_files import with_tables_of_modules
 from recsys_embed.exports.encoders import scorer_of
 from recsys_embed.exports.file_format import ExportFile
@@ -52,6 +53,7 @@ def load(
     verify: bool = True,
     mmap: bool = True,
     backend: Backend = "auto",
+    cached_rows: str | int | None = None,
 ) -> nn.Module:
     """The module that :func:`recsys_embed.export` wrote, in evaluation mode, with the outputs of its source.
 
@@ -66,13 +68,20 @@ def load(
         device: where the module goes; by default the CPU, or where ``into`` is.
         verify: compare every tensor with its digest; False skips reading a huge file once more, and checks its
             structure only.
-        mmap: map the file into memory, where processes share it; False reads it whole, onto huge pages where the system
-            has them, so that lookups in large tables are faster.
+        mmap: map the file into memory, where processes share it: on huge pages where the file cache of the system holds
+            the file on them (Linux 6.16 and later, ext4 or XFS, a file that ``export`` wrote there or that is read from
+            disk for the first time). False reads it whole into memory of this process, on huge pages of any Linux:
+            lookups in large tables are up to twice as fast as from small pages.
         backend: what decodes rows on the CPU. ``"auto"``: the compiled kernels where all rows are kept, else FBGEMM for
             quantised rows where it is installed. ``"torch"``: the same numbers, slower. ``"fbgemm"``: its inference
             tables for all precisions but bf16, with its table of remapped indices, 4 bytes per row, for tables with
             pruned rows; rows narrower than 8 that share scales, and those of tables with pruned columns, are decoded by
             torch. The ``backend`` of a loaded collection is the one that reads its rows.
+        cached_rows: bytes, such as ``"64MiB"``, that keep the computed rows (of methods ``tt`` and ``dhe``, and of
+            ``compositional`` with combine ``"path"``) of the ids that are looked up most, shared equally by the
+            features that compute; see :class:`recsys_embed.kernels.row_cache.RowCache`. Rows are those that the module
+            computes, bit for bit where a row does not depend on the batch beside it, as products of torch's matrices
+            (``dhe``) may in their last bits. Compiled models compute all rows.
 
     Returns:
         The module; ``into`` where it was given. A model whose file holds encoders scores raw rows by its ``predict``.
@@ -80,6 +89,7 @@ def load(
     Raises:
         CheckpointError: absent, damaged (says what: tensor, expected, got), of another version, or ``into`` is missing
             or does not fit (all faults at once).
+        ConfigError: ``cached_rows`` is no size, is too small for rows, or nothing in the file computes rows.
         BackendError: FBGEMM is asked for and can read no table of the file.
         MissingDependencyError: FBGEMM is asked for and cannot be imported.
     """
@@ -98,6 +108,8 @@ def load(
         device = next((p.device for p in into.parameters() if not p.is_meta and p.device.type != "cpu"), None)
     if device is not None:
         root.to(device)
+    if cached_rows is not None:
+        cache_rows(root, cached_rows)
     return root.eval()
 
 

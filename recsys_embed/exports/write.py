@@ -20,7 +20,7 @@ from recsys_embed.data.serving.stored import Output, StoredEncoders
 from recsys_embed.discover import unwrapped
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults, unknown_name
 from recsys_embed.exports.encoders import encoders_for
-from recsys_embed.exports.file_format import NAMES, TensorInfo, header_bytes, lay_out
+from recsys_embed.exports.file_format import NAMES, LargeWrites, TensorInfo, header_bytes, lay_out
 from recsys_embed.exports.manifest import MANIFEST_VERSION, WITH_ENCODERS, item_to_dict, table_to_dict
 from recsys_embed.exports.model_scan import ModelContents, Storage, scan
 from recsys_embed.exports.pack import Packed, RoundingError, choose_parts, inspect_table
@@ -280,8 +280,10 @@ class _Writer:
         measured = None
         with replacing(path, failed=unwritten) as (f, temporary):
             f.seek(size)
+            large = LargeWrites(f)
             for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
-                self.digests[name] = _write_tensor(f, name, entry, producers[name][2])
+                self.digests[name] = _write_tensor(large, name, entry, producers[name][2])
+            large.flush()
             _write_header(f, header_bytes(self._manifest(entries, None), entries, size))
             if evaluate is not None and before is not None:
                 measured = Metric(metric, before, self._after(temporary, evaluate, metric))
@@ -388,7 +390,7 @@ def _array(table: Packed, end: str) -> Callable[[], Iterator[Tensor]]:
     return lambda: iter([table.arrays()[end]])
 
 
-def _write_tensor(file: IO[bytes], name: str, entry: TensorInfo, make: Callable[[], Iterator[Tensor]]) -> str:
+def _write_tensor(file: LargeWrites, name: str, entry: TensorInfo, make: Callable[[], Iterator[Tensor]]) -> str:
     """Append a tensor and return its digest."""
     digest, written = hashlib.sha256(), 0
     for piece in make():

@@ -9,21 +9,27 @@ import torch
 from torch import Tensor
 
 from recsys_embed.optim import FusedOptimizer
+from recsys_embed.optim.state_format import rounded_state
 
 # Rows per replay, which works on copies of them.
 _CHUNK = 1 << 18
 
 
 class StepLog:
-    """Rates, step sizes and epsilons of steps ``first + 1`` to ``step``, which may be deferred for some rows."""
+    """Rates, step sizes and epsilons of steps ``first + 1`` to ``step``, which may be deferred for some rows.
+
+    Args:
+        step: number of steps so far.
+        seed: of the random bits by which state of few bits is rounded.
+    """
 
     # The number of steps where state dicts see it, once one has asked.
     _seen: array[int] | None = None
     # Torch's count of the table's writes after the last one here; None where others may have written since.
     writes: int | None = None
 
-    def __init__(self, step: int = 0) -> None:
-        self.first = step
+    def __init__(self, step: int = 0, seed: int = 0) -> None:
+        self.first, self.seed = step, seed
         self.rates, self.sizes, self.epsilons = array("d"), array("d"), array("d")
 
     @property
@@ -86,6 +92,7 @@ def catch_up(
     """
     if rows is None:
         rows = (state["last"].squeeze(1) < step).nonzero().squeeze(1)
+    formats = {name: optimizer.formats[name] for name in optimizer.state}
     for chunk in rows.split(_CHUNK):
         last, order = state["last"][chunk, 0].sort()
         missed = int(torch.searchsorted(last, step, out_int32=True))
@@ -94,7 +101,7 @@ def catch_up(
         picked, last = chunk[order[:missed]], last[:missed]
         work = torch.promote_types(weight.dtype, torch.float32)
         w = weight.index_select(0, picked).to(work)
-        own = {name: state[name].index_select(0, picked).to(work) for name in optimizer.state}
+        own = {name: form.decoded(state[name].index_select(0, picked)).to(work) for name, form in formats.items()}
         # Steps before the first of the log are part of every row.
         first = max(int(last[0]), log.first)
         # Rows are sorted by their last step, and row i takes part from step last[i] + 1 on: each step updates a prefix.
@@ -105,9 +112,10 @@ def catch_up(
                 w[:count], w[:count] * optimizer.weight_decay, part, log.rates[t - log.first - 1], t
             )
             w[:count] = moved
+            part = rounded_state(optimizer, part, picked[:count], log.seed, t)
             for name, values in own.items():
                 values[:count] = part[name]
         weight[picked] = w.to(weight.dtype)
         for name, values in own.items():
-            state[name][picked] = values.to(state[name].dtype)
+            state[name][picked] = formats[name].encoded(values, None)  # as they are: each step has rounded them
         state["last"][picked] = step

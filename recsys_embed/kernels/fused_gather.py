@@ -12,6 +12,7 @@ from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.derivatives import needs_torch_gradients, refuse_further_derivatives
 from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer, RowGradient, sum_duplicates
+from recsys_embed.optim.state_format import read_state, write_state
 
 
 class Updater(Protocol):
@@ -77,7 +78,7 @@ def apply_update(
 
     Args:
         weight: ``[rows, width]``.
-        state: per name of ``optimizer.tensors`` ``[rows, 1]`` or ``[rows, width]``; float32, steps int32.
+        state: per name of ``optimizer.tensors`` ``[rows, 1]`` or ``[rows, width]``, in its format.
         rows: int64 ``[n]``, duplicates allowed.
         grad: ``[n, width]``.
         log: advanced to this step.
@@ -98,11 +99,9 @@ def apply_update(
     if optimizer.lazy:
         catch_up(optimizer, weight, state, touched, log, log.step - 1)
         state["last"][touched] = log.step
-    picked = {name: state[name].index_select(0, touched) for name in state if name != "last"}
-    picked = {name: values.to(work) if values.is_floating_point() else values for name, values in picked.items()}
+    picked = read_state(optimizer, state, touched, work)
     before = weight.index_select(0, touched).to(work)
     if optimizer.weight_decay:
         sums = sums.add(before, alpha=optimizer.weight_decay)
     weight[touched] = optimizer.checked_update(before, sums, picked, log.rates[-1], log.step).to(weight.dtype)
-    for name, values in picked.items():
-        state[name][touched] = values.to(state[name].dtype)
+    write_state(optimizer, state, touched, picked, log.seed, log.step)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from recsys_embed.core import hashing
 from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.features import FeatureSpec
+from recsys_embed.kernels.native.offsets import known_to_fit
 from recsys_embed.kernels.recording import refused_when_run, tracing, unmapped
 from recsys_embed.utils.types import IdValues
 
@@ -96,6 +97,8 @@ def check_offsets(offsets: object, count: int, where: str, closed: bool = False)
     if offsets.dim() != 1 or offsets.numel() < int(closed):
         raise ConfigError(f"offsets must be 1-D with at least one entry; got shape {tuple(offsets.shape)} ({where})")
     offsets = offsets.long()
+    if known_to_fit(offsets, count, closed):
+        return offsets
     if tracing():
         ends = offsets[-1:] != count if closed else offsets[-1:] > count
         return refused_when_run(offsets, torch.cat([offsets[:1] != 0, ends, offsets.diff() < 0]))

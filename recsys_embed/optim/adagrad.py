@@ -25,6 +25,7 @@ class Adagrad(FusedOptimizer):
     initial_accumulator_value: float = 0.0
 
     state: ClassVar[Mapping[str, str]] = {"sum": "element"}
+    least_exponents: ClassVar[Mapping[str, int]] = {"sum": -48}
     decays_without_gradient: ClassVar[bool] = False
 
     def initial(self, name: str) -> float:
@@ -42,11 +43,14 @@ class RowwiseAdagrad(FusedOptimizer):
 
     >>> RowwiseAdagrad(lr=0.01).state_bytes(rows=1000, width=16)
     4000
+    >>> RowwiseAdagrad(lr=0.01, state_precision="8bit").state_bytes(rows=1000, width=16)
+    1000
     """
 
     eps: float = 1e-8
 
     state: ClassVar[Mapping[str, str]] = {"sum": "row"}
+    least_exponents: ClassVar[Mapping[str, int]] = {"sum": -48}
     decays_without_gradient: ClassVar[bool] = False
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:

@@ -36,6 +36,7 @@ class Adam(FusedOptimizer):
     bias_correction: Literal["table", "row"] = "table"
 
     state: ClassVar[Mapping[str, str]] = {"exp_avg": "element", "exp_avg_sq": "element"}
+    least_exponents: ClassVar[Mapping[str, int]] = {"exp_avg_sq": -56}
 
     def conflicts(self) -> list[str]:
         if self.bias_correction == "row" and self.rows == "all":

@@ -6,13 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.optim.state_format import LEAST_SIGNED, StateFormat, StatePrecision
 from recsys_embed.utils.deprecated import warn_renamed
 from recsys_embed.utils.settings import check_settings
 
@@ -44,6 +45,12 @@ class FusedOptimizer(ABC):
         rows: which rows a step updates: ``"touched"``, those of the batch; or ``"all"``, for the weights of torch's
             dense optimizer (rows that are never read decay, and so do moments). Steps of rows outside the batch are
             deferred: a row catches up when it is next read, and all do before they are evaluated or saved.
+        state_precision: of the state that is kept per row or weight; counts of steps stay integers. ``"bf16"`` takes
+            half of the bytes. ``"8bit"`` takes a quarter: floats of 8 bits without a scale, of 2 bits of fraction and
+            64 powers of two, 32 and a sign where values may be negative (:class:`StateFormat`). Steps are computed in
+            float32 by the new state and then store it by stochastic rounding (Gupta et al. 2015), without which sums
+            would no longer grow by what is less than half the distance of two numbers. With TorchRec it is
+            ``"fp32"``.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -52,11 +59,14 @@ class FusedOptimizer(ABC):
     lr: float = 0.01
     weight_decay: float = field(default=0.0, kw_only=True)
     rows: Literal["touched", "all"] = field(default="touched", kw_only=True)
+    state_precision: StatePrecision = field(default="fp32", kw_only=True)
 
     # Bounds of numbers that are declared without any.
     bounds: ClassVar[Mapping[str, float]] = {"low": 0}
     # Name and kind of each state tensor: "row" is one float per row, "element" one per weight, "step" a count per row.
     state: ClassVar[Mapping[str, str]] = {}
+    # Of states that are never negative, the exponent of the least number above 0 that 8 bits hold.
+    least_exponents: ClassVar[Mapping[str, int]] = {}
     # Whether a row changes in a step without gradient and weight decay, by its state.
     decays_without_gradient: ClassVar[bool] = True
 
@@ -66,6 +76,13 @@ class FusedOptimizer(ABC):
         if odd:
             raise ConfigError(f"state of {type(self).__name__} is kept per 'row', 'element' or 'step'; got {odd}")
 
+    def __repr__(self) -> str:
+        """As that of dataclasses; a state in float32, as all had it before there was a choice, is left out."""
+        shown = [
+            f.name for f in fields(self) if f.repr and (f.name, getattr(self, f.name)) != ("state_precision", "fp32")
+        ]
+        return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
     def conflicts(self) -> list[str]:
         """Faults of the arguments together, where each is right by itself; subclasses add theirs."""
         return []
@@ -74,6 +91,19 @@ class FusedOptimizer(ABC):
     def tensors(self) -> dict[str, str]:
         """Name and kind of every state tensor of a table; ``last`` is the step each row has come to."""
         return {**self.state, "last": "step"} if self.lazy else dict(self.state)
+
+    @property
+    def formats(self) -> dict[str, StateFormat]:
+        """Format of every state tensor of a table, by the names of :attr:`tensors`."""
+        floats = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[self.state_precision]
+        return {
+            name: StateFormat(
+                torch.int32 if kind == "step" else floats,
+                name not in self.least_exponents,
+                self.least_exponents.get(name, LEAST_SIGNED),
+            )
+            for name, kind in self.tensors.items()
+        }
 
     def state_faults(self, state: Mapping[str, Tensor], steps: int) -> list[str]:
         """Why kernels cannot go on from a table's saved tensors: they index step sizes by the counts of its rows.
@@ -121,8 +151,15 @@ class FusedOptimizer(ABC):
         state.fill_(self.initial(name))
 
     def state_bytes(self, rows: int, width: int) -> int:
-        """Bytes of float32 state for a table of ``rows`` x ``width``."""
-        return 4 * sum(rows * width if kind == "element" else rows for kind in self.tensors.values())
+        """Bytes of state for a table of ``rows`` x ``width``.
+
+        >>> from recsys_embed import Adam
+        >>> [Adam(state_precision=name).state_bytes(rows=1000, width=16) for name in ("fp32", "bf16", "8bit")]
+        [128000, 64000, 32000]
+        """
+        kinds, formats = self.tensors, self.formats
+        sizes = {name: rows * width if kind == "element" else rows for name, kind in kinds.items()}
+        return sum(formats[name].dtype.itemsize * size for name, size in sizes.items())
 
     def size_and_epsilon(self, lr: float, step: int) -> tuple[float, float]:
         """Step size, the factor of a step's direction, and epsilon, which is added to its denominator."""
@@ -142,6 +179,9 @@ class FusedOptimizer(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         own = cls.__dict__
+        # Dataclasses make no other.
+        if "__repr__" not in own:
+            cls.__repr__ = FusedOptimizer.__repr__  # type: ignore[method-assign]
         if "fades" in own:
             warn_renamed(f"attribute of {cls.__name__}", "fades", "decays_without_gradient")
             cls.decays_without_gradient = own["fades"]
@@ -194,7 +234,8 @@ class FusedOptimizer(ABC):
         Args:
             weight: ``[u, width]`` current weights of the touched rows.
             grad: ``[u, width]`` their summed gradients, weight decay included.
-            state: per name of :attr:`state` ``[u, 1]`` or ``[u, width]``; replaced in the dict by its new value.
+            state: per name of :attr:`state` ``[u, 1]`` or ``[u, width]``, float32 or more whatever its precision;
+                replaced in the dict by its new value.
             lr: current learning rate (a schedule may have moved it from ``self.lr``).
             step: 1 for the first update of the table.
         """

@@ -44,6 +44,7 @@ class FTRL(FusedOptimizer):
     l2: float = 0.0
 
     state: ClassVar[Mapping[str, str]] = {"sum": "element", "z": "element"}
+    least_exponents: ClassVar[Mapping[str, int]] = {"sum": -48}
     decays_without_gradient: ClassVar[bool] = False
 
     @property

@@ -18,6 +18,7 @@ from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.optim.base import FusedOptimizer, is_rate, refuse_maximize
 from recsys_embed.optim.optimizer_views import GroupTables, OptimizerState, ParamGroups
 from recsys_embed.optim.replicas import Replicas
+from recsys_embed.optim.state_format import copy_state
 from recsys_embed.utils.types import JSON
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _needs_closure(optimizer: Optimizer) -> bool:
 
 def _settings(rule: FusedOptimizer) -> dict[str, Any]:
     """What a param group may change of a rule."""
-    return {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "rows"}
+    return {f.name: getattr(rule, f.name) for f in fields(rule) if f.name not in ("rows", "state_precision")}
 
 
 class FusedTableOptimizer(Optimizer):
@@ -332,6 +333,7 @@ class FusedTableOptimizer(Optimizer):
 
     def _change_state(self, parameter: Tensor, given: JSON) -> None:
         held = self.state[parameter]
+        owner = next((m for m in self._modules.values() if any(parameter is t for t in _tables_of(m))), None)
         if not any(parameter is p for group in self._fused_groups for p in group["params"]):
             if self.dense is not None:
                 self.dense.state[parameter] = given
@@ -343,7 +345,7 @@ class FusedTableOptimizer(Optimizer):
         with torch.no_grad():
             for key, tensor in held.items():
                 if key != "step" and given[key] is not tensor:
-                    tensor.copy_(given[key])
+                    copy_state(cast("FusedOptimizer", cast("SteppedTables", owner).optimizer), key, tensor, given[key])
 
     def state_dict(self) -> JSON:
         """As torch's: each table's tensors ``[rows, width]`` or ``[rows, 1]`` and its steps, and the param groups."""
@@ -382,7 +384,11 @@ class FusedTableOptimizer(Optimizer):
         for module in self._modules.values():
             for parameter in _tables_of(module):
                 for key, tensor in own[id(parameter)].items():
-                    tensor.copy_(torch.as_tensor(given[id(parameter)][key]))
+                    saved = torch.as_tensor(given[id(parameter)][key])
+                    if key == "step":
+                        tensor.copy_(saved)
+                    else:
+                        copy_state(cast("FusedOptimizer", module.optimizer), key, tensor, saved)
                 loaded.pop(parameter, None)
             steps = {n: int(own[id(p)]["step"]) for n, p in zip(module.storages, _tables_of(module), strict=True)}
             module.steps_taken(steps)

@@ -45,6 +45,7 @@ class RowwiseRMSprop(FusedOptimizer):
     min_shrinkage: float = param(0.1, high=1)
 
     state: ClassVar[Mapping[str, str]] = {"mean_square": "row"}
+    least_exponents: ClassVar[Mapping[str, int]] = {"mean_square": -56}
 
     @property
     def tensors(self) -> dict[str, str]:

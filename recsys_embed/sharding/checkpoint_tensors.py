@@ -18,6 +18,7 @@ from recsys_embed.collection import EmbeddingCollection
 from recsys_embed.collection.lookup_bundle import LookupBundle
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.optim import SGD, Adagrad, FusedOptimizer, RowwiseAdagrad
+from recsys_embed.optim.state_format import copy_state
 from recsys_embed.sharding.collection import ShardableCollection
 from recsys_embed.sharding.fused_updates import TableOptimizer
 from recsys_embed.sharding.optimizers import Optimizers, table_named
@@ -58,7 +59,7 @@ def weight_tensors(model: nn.Module) -> Iterator[CheckpointTensor]:
         yield from _tables(path, coll)
         bundles = coll.bundles() if isinstance(coll, ShardableCollection) else [coll.bundle]
         for bundle in bundles:
-            yield from _beside_tables(path, bundle)
+            yield from bundle_tensors(path, bundle)
     for name, values in _state_without(inner, tuple(found)):
         yield CheckpointTensor(f"model/{name}", values)
 
@@ -101,7 +102,8 @@ def _copier(table: Tensor, physical: PhysicalTable, stored: Tensor) -> Callable[
     return put
 
 
-def _beside_tables(path: str, bundle: LookupBundle) -> Iterator[CheckpointTensor]:
+def bundle_tensors(path: str, bundle: LookupBundle) -> Iterator[CheckpointTensor]:
+    """What lookups have beside tables of rows: tables of heads, modules that compute, index arrays."""
     for key, matrix in bundle.heads.tables(stacked_only=True).items():
         yield CheckpointTensor(f"{path}/{key}", matrix.detach())
     for name, module in bundle.own.items():
@@ -200,12 +202,16 @@ def unsharded_state_tensors(path: str, coll: EmbeddingCollection, saved: dict[st
         storage, offset = coll.places[key]
         for name, kind in rule.tensors.items() if rule is not None else ():
             rows = saved["state"][f"{storage}_{name}"][offset : offset + physical.rows]
-            stored = state_as_stored(rule, physical, kind, rows)  # type: ignore[arg-type]
+            stored = state_as_stored(rule, physical, kind, rule.formats[name].decoded(rows))  # type: ignore[union-attr, arg-type]
 
             def put(
-                rows: Tensor = rows, stored: Tensor = stored, physical: PhysicalTable = physical, kind: str = kind
+                name: str = name,
+                rows: Tensor = rows,
+                stored: Tensor = stored,
+                physical: PhysicalTable = physical,
+                kind: str = kind,
             ) -> None:
-                rows.copy_(state_by_row(rule, physical, kind, stored))  # type: ignore[arg-type]
+                copy_state(rule, name, rows, state_by_row(rule, physical, kind, stored))  # type: ignore[arg-type]
 
             yield CheckpointTensor(f"{path}/{key}:{name}", stored, put)
 

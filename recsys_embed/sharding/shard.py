@@ -18,6 +18,7 @@ from torchrec.distributed.planner.types import KernelConfig, TopologyFactory, Tr
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
 from recsys_embed.errors import ConfigError, raise_faults
+from recsys_embed.optim import FusedOptimizer
 from recsys_embed.sharding.collection import ShardableCollection
 from recsys_embed.sharding.cpu_rows import read_dense_rows
 from recsys_embed.sharding.fused_updates import fuse, fuses
@@ -63,6 +64,12 @@ def shard(
         raise ConfigError(
             "the model holds no ShardableCollection, CompressedEBC or ManagedEBC; replace its embedding tables first"
         )
+    rules = [*(coll.optimizer for coll in colls), *(one.optimizer for one in managed)]
+    few = {rule for rule in rules if isinstance(rule, FusedOptimizer) and rule.state_precision != "fp32"}
+    raise_faults(
+        [f"TorchRec keeps the state of optimizers in float32; set state_precision='fp32' in {rule!r}" for rule in few],
+        "shard",
+    )
     if not dist.is_initialized():
         raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group")
     group = dist.GroupMember.WORLD if group is None else group

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import recsys_embed as rse
 
 METHODS = [m.name for m in rse.list_methods()]
+# Networks take seconds to fit.
+CASES = [pytest.param(m, marks=pytest.mark.slow) if m == "dhe" else m for m in METHODS]
 
 
 class Model(nn.Module):

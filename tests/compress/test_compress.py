@@ -12,11 +12,11 @@ from recsys_embed.compress import compress_, materialize_
 from recsys_embed.discover import find_tables
 from recsys_embed.embedding.plain_table import PlainView
 from recsys_embed.errors import BudgetError, ConfigError
-from tests.compress.models import METHODS, Model, snapshot, uniform
+from tests.compress.models import CASES, METHODS, Model, snapshot, uniform
 
 
 @pytest.mark.parametrize("init", ["dense", "fresh"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 def test_every_method_takes_the_place_of_every_table(method: str, init: Any) -> None:
     model = Model()
     plan = uniform(model, method)
@@ -204,7 +204,7 @@ def test_weight_reads_as_the_plain_table_with_gradients_and_refuses_writes() -> 
 # -- back -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 def test_materialize_undoes_all_but_the_values(method: str) -> None:
     model = Model()
     shape = repr(model)

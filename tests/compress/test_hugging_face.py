@@ -62,7 +62,7 @@ def compressed(name: str, method: str, **options: Any) -> Any:
 
 MODELS = ["BertForSequenceClassification", "BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration"]
 CASES: list[Any] = [
-    pytest.param(name, "lowdim", marks=() if name in MODELS[2:] else pytest.mark.slow)
+    pytest.param(name, "lowdim", marks=() if name == "T5ForConditionalGeneration" else pytest.mark.slow)
     for name in [*MODELS, "T5EncoderModel"]
 ]
 CASES += [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
-from recsys_embed.core.precision import Layout, Precision
+from recsys_embed.core.precision import FLOATS, Layout, Precision
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.registry import MethodInfo, list_methods
 from recsys_embed.report.memory import memory_report
@@ -142,3 +142,27 @@ def test_what_cannot_be_is_refused() -> None:
     unified = Plan.uniform(SCHEMA, "unified", budget="12KiB", full_below=0)
     with pytest.raises(ConfigError, match="int8"):
         at(unified, "int8", "fp32").footprint(SCHEMA)
+
+
+def test_a_file_of_any_precision_becomes_one_of_any_other(tmp_path: Path) -> None:
+    schema = Schema([FeatureSpec("user", 200, 16), FeatureSpec("tag", 200, 6)])
+    collection = EmbeddingCollection(schema, Plan.uniform(schema, "full"), None)
+    ids = torch.arange(200)[:, None].expand(-1, 2)
+    # Squared errors relative to those of the rows, of normal numbers, with room for what the first rounding left.
+    errors = {"fp32": 0, "fp16": 1e-7, "bf16": 6e-6, "fp8": 1.5e-3, "int8": 5e-5, "int4": 8e-3, "int2": 0.12}
+    for first in errors:
+        rse.export(collection, tmp_path / "first.safetensors", precision=first)
+        served = rse.load(tmp_path / "first.safetensors")
+        rows = served(ids)
+        for second, error in errors.items():
+            rse.export(served, tmp_path / "second.safetensors", precision=second)
+            again = rse.load(tmp_path / "second.safetensors")(ids)
+            for name, before, after in zip(
+                schema.names, rows.split([16, 6], -1), again.split([16, 6], -1), strict=True
+            ):
+                lost = float((after - before).double().square().mean() / before.double().square().mean())
+                assert lost <= error, (first, second, name, lost)
+                if first == second:
+                    assert torch.equal(after, before), (first, name)
+                if second in ("fp16", "bf16"):
+                    assert torch.equal(after, before.to(FLOATS[second]).float()), (first, second, name)

@@ -13,7 +13,7 @@ from tests.fuzz.programs import FORMS, Program, draw
 from tests.fuzz.shrink import explain, shrink
 from tests.tiers import slow_but
 
-CHUNKS, FAST, SIZE = 12, 4, 100
+CHUNKS, FAST, SIZE = 12, 2, 100
 
 
 @pytest.mark.parametrize("chunk", slow_but(range(CHUNKS), *range(FAST)))

@@ -78,6 +78,7 @@ CASES: dict[str, tuple[str, Callable[..., None]]] = {
 }
 
 
+@pytest.mark.slow
 def test_what_a_file_describes_is_bounded_before_it_is_built(tmp_path: Path) -> None:
     rse.export(rse.make_embedding("hash", 300, 16, num_buckets=50), tmp_path / "embedding")
     rse.export(build_model("dcnv2", SCHEMA, rse.Plan.full(SCHEMA), num_dense=3), tmp_path / "model")

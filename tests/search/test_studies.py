@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import time
+from typing import Any
 
 import optuna
 import pytest
@@ -104,6 +105,14 @@ def test_a_budget_below_every_method_is_refused_before_anything_is_stored(data, 
     with pytest.raises(BudgetError, match=r"budget 100 is below the smallest subnet.*hash: .*Ways out"):
         MethodStudy(CONFIG, data, changed(budgets=["100"], methods=["hash"]), str(tmp_path / "s.db"))
     assert not (tmp_path / "s.db").exists()
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"method": "hash", "ratio": 4.0}, {"method_args": {"precision": "int8"}}, {"budget": "10%"}], ids=str
+)
+def test_settings_that_a_study_would_not_heed_are_refused_by_name(chosen: dict[str, Any], data, tmp_path):
+    with pytest.raises(ConfigError, match=f"leave {', '.join(chosen)} out"):
+        MethodStudy(CONFIG.replace(**chosen), data, FAST, str(tmp_path / "s.db"))
 
 
 def test_one_seed_gives_one_study_also_when_it_is_stopped_between(data, tmp_path):

@@ -102,6 +102,24 @@ def words_of(record: type[ctypes.Structure]) -> dict[str, int]:
     return {name: getattr(record, name).offset // 8 for name in (f[0] for f in record._fields_)}
 
 
+class Stored(ctypes.Structure):
+    """How the rows of a storage that trains in few bits are stored."""
+
+    _fields_: ClassVar = [
+        ("kind", c_int64),
+        ("bytes", c_int64),
+        ("seed", c_int64),
+        ("stochastic", c_int64),
+        ("step", c_double),
+    ]
+
+
+class StateForm(ctypes.Structure):
+    """How elements of a state are stored: in 16 or 8 bits; or, with 0, as floats or integers."""
+
+    _fields_: ClassVar = [("bits", c_int64), ("has_sign", c_int64), ("least", c_int64)]
+
+
 class Rule(ctypes.Structure):
     """An optimizer's rule and its state for one storage."""
 
@@ -112,6 +130,9 @@ class Rule(ctypes.Structure):
         ("state", c_void_p * 4),
         ("curve", c_void_p),
         ("curve_count", c_int64),
+        ("rounded", c_int64),
+        ("seed", c_int64),
+        ("forms", StateForm * 4),
     ]
 
 
@@ -171,12 +192,13 @@ def library() -> Library | str:
     except OSError as error:
         return f"{path.name} does not load: {error}"
     other = f"{path.name} was built from other sources; install again"
-    if not hasattr(handle, "rse_train"):
+    if not hasattr(handle, "rse_offsets_fit"):
         return other
     handle.rse_select.restype = c_char_p
     handle.rse_record_sizes.restype = c_int64
-    sizes = [handle.rse_record_sizes(c_int64(i)) for i in range(7)]
-    own = [TRANSFORM.itemsize, ROW_LOOKUP.itemsize, FEATURE.itemsize, *map(ctypes.sizeof, (Call, Update, Mask, Train))]
+    sizes = [handle.rse_record_sizes(c_int64(i)) for i in range(8)]
+    records = (Call, Update, Mask, Train, Stored)
+    own = [TRANSFORM.itemsize, ROW_LOOKUP.itemsize, FEATURE.itemsize, *map(ctypes.sizeof, records)]
     handle.rse_transform_layout.restype = c_char_p
     if sizes != own or handle.rse_transform_layout() != LAYOUT.encode():
         return other
@@ -192,10 +214,13 @@ def library() -> Library | str:
     handle.rse_catch_up.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64]
     handle.rse_update_rows.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
     handle.rse_train.argtypes = [c_void_p, c_int64]
-    handle.rse_train.restype = c_int
+    handle.rse_store_rows.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64]
+    handle.rse_train.restype = handle.rse_store_rows.restype = c_int
     handle.rse_mask.argtypes = handle.rse_mask_backward.argtypes = [c_void_p, c_int64]
     handle.rse_forward.restype = handle.rse_backward.restype = handle.rse_catch_up.restype = c_int
     handle.rse_update_rows.restype = c_int
+    handle.rse_offsets_fit.argtypes = [c_void_p, c_int64, c_int64, c_int64]
+    handle.rse_offsets_fit.restype = c_int64
     handle.rse_mask.restype = handle.rse_mask_backward.restype = c_int
     return Library(handle, name.decode(), _share_threads(handle), tuple(handle.rse_rules().decode().split()))
 

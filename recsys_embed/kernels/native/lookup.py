@@ -37,6 +37,8 @@ from recsys_embed.optim import FusedOptimizer, RowGradient, rule_name
 _DENSE, _SPARSE, _NO_UPDATE = -1, -2, -3
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _BY_ROW = {"int8": 3, "int4": 4, "int2": 5, "fp8": 6}
+# Ids of bags from which on several threads are used: their rows are summed where they are read.
+_BAGS_WORTH_A_THREAD = 16384
 _STORED = (*_KINDS, torch.uint8)
 # Positions in a call's record of the fields that differ between calls; `_ASKED`: the ids and the fields after them.
 _AT, _BEHIND, _ASKED = words_of(Call), ctypes.sizeof(Call) // 8, struct.Struct("8q")
@@ -70,8 +72,8 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype
 
 
 def reads(ids: Tensor, stored: Sequence[Tensor]) -> bool:
-    """As :func:`runs_on`, for serving: of any precision, and not in compiled models."""
-    return not torch.compiler.is_compiling() and runs_on(ids, stored, _STORED)
+    """As :func:`runs_on`, for serving: of any precision."""
+    return runs_on(ids, stored, _STORED)
 
 
 @cache
@@ -294,7 +296,7 @@ class NativeLookup:
             call[at:] = array("q", self._kinds(tables) + bytes_of_rows)
         if kept is not None:
             call[_KEPT], call[_KEPT + 1] = checked_address(kept), self.kept_width
-        if lookups >= WORTH_A_THREAD:
+        if lookups >= (WORTH_A_THREAD if ids.offsets is None else _BAGS_WORTH_A_THREAD):
             call[_THREADS] = torch.get_num_threads()
         return call
 

@@ -13,7 +13,7 @@ from torch.library import custom_op
 
 from recsys_embed.errors import IdRangeError
 from recsys_embed.kernels.native.handles import KNOWN
-from recsys_embed.kernels.native.lookup import Ids, NativeLookup
+from recsys_embed.kernels.native.lookup import Ids, NativeLookup, reads
 
 if TYPE_CHECKING:
     from recsys_embed.kernels.native.autograd import NativeStep
@@ -60,9 +60,11 @@ def _look_up(
         cast("Stepper", KNOWN[owner]).before_compiled_lookup()
     found, given = cast("NativeLookup", KNOWN[lookup]), _ids(ids, bags, batch)
     like = tables[0].detach()
-    kept = like.new_empty(found.kept_shape(given))
-    out = [like.new_empty(batch, width) for width in found.widths]
-    if not found.forward(given, tables, out, kept if found.kept_width else None):
+    kept = like.new_empty(found.kept_shape(given), dtype=torch.float32)
+    out = [like.new_empty(batch, width, dtype=torch.float32) for width in found.widths]
+    # Tables that train are checked by the lookup; served ones of other types here.
+    served = any(t.dtype is not torch.float32 for t in tables) and reads(ids, tables)
+    if not found.forward(given, tables, out, kept if found.kept_width else None, known=served):
         raise IdRangeError("an id lies outside the range its feature declares; the uncompiled collection says which")
     return [*out, *found.arrays_as_numbers(), kept]
 
@@ -83,7 +85,8 @@ def _(
     if bags:  # the size of saved values depends on the lengths of bags
         rows, width = (cast("int", torch.library.get_ctx().new_dynamic_size()), 1) if width else (0, 1)
     arrays = [torch.empty_like(numbers, device=like.device) for numbers in found.arrays_as_numbers()]
-    return [*(like.new_empty(batch, w) for w in found.widths), *arrays, like.new_empty(rows, width)]
+    vectors = (like.new_empty(batch, w, dtype=torch.float32) for w in found.widths)
+    return [*vectors, *arrays, like.new_empty(rows, width, dtype=torch.float32)]
 
 
 def _ids(ids: Tensor, bags: list[Tensor], batch: int) -> Ids:

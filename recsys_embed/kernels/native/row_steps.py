@@ -25,10 +25,10 @@ _DONE, _OUT_OF_RANGE, _TOO_LARGE = 0, 1, 2
 
 
 class _Encoded(NamedTuple):
-    """A rule as the kernels read it, and name and kind of its state's tensors in order."""
+    """A rule as the kernels read it, and name, kind and type of its state's tensors in order."""
 
     rule: Rule
-    states: tuple[tuple[str, str], ...]
+    states: tuple[tuple[str, str, torch.dtype], ...]
     curve: array[float]
 
 
@@ -44,7 +44,13 @@ def _encoded(optimizer: FusedOptimizer) -> _Encoded:
     rule = Rule(number=number, elements=sum(kind == "element" for kind in kinds.values()))
     rule.constants[: len(constants)] = constants
     rule.curve, rule.curve_count = pointers.of_array(curve), len(curve)
-    return _Encoded(rule, tuple(kinds.items()), curve)
+    formats = {name: optimizer.formats[name] for name in kinds}
+    for encoded, form in zip(rule.forms, formats.values(), strict=False):
+        if not form.exact:
+            encoded.bits, encoded.has_sign, encoded.least = 8 * form.dtype.itemsize, form.signed, form.least
+            rule.rounded = 1
+    states = tuple((name, kind, formats[name].dtype) for name, kind in kinds.items())
+    return _Encoded(rule, states, curve)
 
 
 def updates_of(
@@ -60,8 +66,8 @@ def updates_of(
         update.sizes, update.epsilons = pointers.of_array(log.sizes), pointers.of_array(log.epsilons)
         update.first, update.step = log.first, log.step
         (rows, width), held = table.shape, update.rule.state
-        for i, (name, kind) in enumerate(encoded.states):
-            dtype = torch.int32 if kind == "step" else torch.float32
+        update.rule.seed = log.seed
+        for i, (name, kind, dtype) in enumerate(encoded.states):
             held[i] = address(state[name], dtype, rows * width if kind == "element" else rows, f"state {name!r}")
         if "last" in state:
             update.last = address(state["last"], torch.int32, rows, "state 'last'")

@@ -65,7 +65,7 @@ def state_faults(optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, T
     """Why the state of a table is not what kernels take it for."""
     found = []
     for name, kind in optimizer.tensors.items():
-        count, number = table.shape[0], torch.int32 if kind == "step" else torch.float32
+        count, number = table.shape[0], optimizer.formats[name].dtype
         count *= table.shape[1] if kind == "element" else 1
         found += pointers.faults(state[name], (number,), count, f"state {name!r}", device=table.device)
     return found
@@ -313,7 +313,7 @@ class TritonLookup:
             for number, reads in self._reads:
                 if number in frozen:
                     continue
-                target = Target.step(optimizer, tables[number], states[number], step_logs[number], number)
+                target = Target.step(optimizer, tables[number], states[number], step_logs[number])
                 reads.run(kept.found, source, target, all_sorted)
         increment_version([*tables, *(tensor for state in states for tensor in state.values())])
 

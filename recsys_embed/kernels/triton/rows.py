@@ -44,6 +44,6 @@ def update_rows(
     grad = grad.contiguous()
     source = reads.all_sources(Source(rows, rows, grad, grad))
     with on_device(weight):
-        target = Target.step(optimizer, weight, state, log, 0)
+        target = Target.step(optimizer, weight, state, log)
         reads.sort_and_sum(rows.to(torch.int32), len(rows), source, 0, target)
     increment_version([weight, *state.values()])

@@ -5,6 +5,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from recsys_embed.kernels.triton.rounding import (
+    ADAGRAD,
+    ADAM,
+    FTRL_SUM,
+    RMSPROP,
+    ROWWISE_ADAGRAD,
+    SIGNED,
+    load_state,
+    store_state,
+)
+
 # Names of the rules in :func:`apply`; a rule's number is its index.
 RULES = ("sgd", "adagrad", "rowwise_adagrad", "adam", "ftrl", "rowwise_rmsprop")
 GRADIENT = tl.constexpr(-1)
@@ -86,15 +97,15 @@ def rounded(value, row, cols, seed, step, like):
 
 
 @triton.jit
-def _adam(grad, row, at, live, mask, tensors, numbers, COUNTS: tl.constexpr):
+def _adam(grad, row, at, live, cols, mask, tensors, numbers, seed, step, COUNTS: tl.constexpr):
     """Direction of Adam's step ``[n, columns]``; updates the moments."""
-    mean = tl.load(tensors.state[0] + at, mask=mask, other=0.0)
-    square = tl.load(tensors.state[1] + at, mask=mask, other=0.0)
+    mean = load_state(tensors.state[0], at, mask, SIGNED)
+    square = load_state(tensors.state[1], at, mask, ADAM)
     mean += (grad - mean) * numbers.constants[0]
     # A mean of squares that overflowed stays infinite: the difference would be NaN.
     square = tl.where(square < float("inf"), square + (grad * grad - square) * numbers.constants[1], square)
-    tl.store(tensors.state[0] + at, mean, mask=mask)
-    tl.store(tensors.state[1] + at, square, mask=mask)
+    store_state(tensors.state[0], at, mean, mask, row[:, None], cols[None, :], seed + 1, step, SIGNED)
+    store_state(tensors.state[1], at, square, mask, row[:, None], cols[None, :], seed + 2, step, ADAM)
     direction = mean / (tl.sqrt_rn(square) + numbers.eps)
     if COUNTS:
         count = tl.load(tensors.state[2] + row, mask=live, other=0) + 1
@@ -118,11 +129,11 @@ def _sign(x):
 
 
 @triton.jit
-def _ftrl(weight, grad, at, mask, tensors, numbers):
+def _ftrl(weight, grad, row, at, cols, mask, tensors, numbers, seed, step):
     """New weights ``[n, columns]`` of FTRL; updates the state."""
-    total = tl.load(tensors.state[0] + at, mask=mask, other=0.0) + grad * grad
-    tl.store(tensors.state[0] + at, total, mask=mask)
-    before = tl.load(tensors.state[1] + at, mask=mask, other=0.0)
+    total = load_state(tensors.state[0], at, mask, FTRL_SUM) + grad * grad
+    store_state(tensors.state[0], at, total, mask, row[:, None], cols[None, :], seed + 1, step, FTRL_SUM)
+    before = load_state(tensors.state[1], at, mask, SIGNED)
     beta, l1, l2 = numbers.constants
     # At learning rate 0 only the sum changes.
     still = numbers.size == 0.0
@@ -130,7 +141,8 @@ def _ftrl(weight, grad, at, mask, tensors, numbers):
     sign = _sign(weight)
     moved = weight * curvature - grad
     z = tl.where(sign != 0.0, -(moved + sign * l1), tl.minimum(tl.maximum(before, -l1), l1) + grad)
-    tl.store(tensors.state[1] + at, tl.where(still, before, z), mask=mask)
+    z_or_before = tl.where(still, before, z)
+    store_state(tensors.state[1], at, z_or_before, mask, row[:, None], cols[None, :], seed + 2, step, SIGNED)
     curvature = tl.where(curvature > 0.0, curvature, 1.0)
     crossed = tl.where(tl.abs(z) <= l1, 0.0, -(z - _sign(z) * l1) / curvature)
     stepped = tl.where((_sign(moved) * sign > 0.0) | (grad == 0.0), weight - grad / curvature, crossed)
@@ -138,12 +150,14 @@ def _ftrl(weight, grad, at, mask, tensors, numbers):
 
 
 @triton.jit
-def _rowwise_rmsprop(weight, grad, row, live, mask, tensors, numbers, step, WIDTH: tl.constexpr, COUNTS: tl.constexpr):
+def _rowwise_rmsprop(
+    weight, grad, row, live, mask, tensors, numbers, seed, step, WIDTH: tl.constexpr, COUNTS: tl.constexpr
+):
     """New weights ``[n, columns]`` of row-wise RMSprop; updates the state."""
     rest, alpha, least = numbers.constants
-    mean = tl.load(tensors.state[0] + row, mask=live, other=0.0)
+    mean = load_state(tensors.state[0], row, live, RMSPROP)
     mean = tl.where(mean < float("inf"), mean + (_mean_square(grad, mask, WIDTH) - mean) * rest, mean)
-    tl.store(tensors.state[0] + row, mean, mask=live)
+    store_state(tensors.state[0], row, mean, live, row, row * 0, seed + 1, step, RMSPROP)
     gap = tl.zeros_like(mean) + 1.0
     if COUNTS:
         seen = tl.load(tensors.state[1] + row, mask=live, other=0)
@@ -163,7 +177,7 @@ def apply(
     Args:
         tensors: :class:`Tensors`.
         numbers: :class:`Numbers`.
-        seed, step: key of stochastic rounding of 16-bit weights; ``step`` is the table's number of steps.
+        seed, step: of stochastic rounding of 16-bit weights and of state; ``step`` is the table's number of steps.
         COUNTS, LAST: whether rows count their own steps, and record their last step.
     """
     mask = live[:, None] & (cols < WIDTH)[None, :]
@@ -178,19 +192,19 @@ def apply(
         if RULE == _SGD:
             weight = weight - size * grad
         elif RULE == _ADAGRAD:
-            total = tl.load(tensors.state[0] + at, mask=mask, other=0.0) + grad * grad
-            tl.store(tensors.state[0] + at, total, mask=mask)
+            total = load_state(tensors.state[0], at, mask, ADAGRAD) + grad * grad
+            store_state(tensors.state[0], at, total, mask, row[:, None], cols[None, :], seed + 1, step, ADAGRAD)
             weight = weight - size * grad / (tl.sqrt_rn(total) + numbers.eps)
         elif RULE == _ROWWISE_ADAGRAD:
-            total = tl.load(tensors.state[0] + row, mask=live, other=0.0) + _mean_square(grad, mask, WIDTH)
-            tl.store(tensors.state[0] + row, total, mask=live)
+            total = load_state(tensors.state[0], row, live, ROWWISE_ADAGRAD) + _mean_square(grad, mask, WIDTH)
+            store_state(tensors.state[0], row, total, live, row, row * 0, seed + 1, step, ROWWISE_ADAGRAD)
             weight = weight - (size / (tl.sqrt_rn(total) + numbers.eps))[:, None] * grad
         elif RULE == _ADAM:
-            weight = weight - size * _adam(grad, row, at, live, mask, tensors, numbers, COUNTS)
+            weight = weight - size * _adam(grad, row, at, live, cols, mask, tensors, numbers, seed, step, COUNTS)
         elif RULE == _FTRL:
-            weight = _ftrl(weight, grad, at, mask, tensors, numbers)
+            weight = _ftrl(weight, grad, row, at, cols, mask, tensors, numbers, seed, step)
         elif RULE == _ROWWISE_RMSPROP:
-            weight = _rowwise_rmsprop(weight, grad, row, live, mask, tensors, numbers, step, WIDTH, COUNTS)
+            weight = _rowwise_rmsprop(weight, grad, row, live, mask, tensors, numbers, seed, step, WIDTH, COUNTS)
         weights = tensors.weights
         tl.store(weights + at, rounded(weight, row, cols, seed, step, weights), mask=mask)
         if LAST:

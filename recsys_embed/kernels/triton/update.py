@@ -29,10 +29,8 @@ class Target(NamedTuple):
     constants: dict[str, Any]
 
     @classmethod
-    def step(
-        cls, optimizer: FusedOptimizer, weights: Tensor, state: Mapping[str, Tensor], log: StepLog, number: int
-    ) -> Target:
-        """An optimizer step; ``number`` of the storage makes its stochastic rounding independent of others'."""
+    def step(cls, optimizer: FusedOptimizer, weights: Tensor, state: Mapping[str, Tensor], log: StepLog) -> Target:
+        """An optimizer step."""
         kinds = {name: kind for name, kind in optimizer.tensors.items() if name != "last"}
         kept = tuple(state[name] for name in kinds)
         size, eps, decay = float(log.sizes[-1]), float(log.epsilons[-1]), float(optimizer.weight_decay)
@@ -40,7 +38,7 @@ class Target(NamedTuple):
         numbers = rules.Numbers(size, eps, decay, optimizer.constants)
         constants = {"COUNTS": "step" in kinds.values(), "LAST": "last" in state, "DECAY": decay != 0}
         rule = rules.RULES.index(str(rule_name(optimizer)))
-        return cls((tensors, numbers, number, log.step), {"RULE": rule, "WIDTH": weights.shape[1], **constants})
+        return cls((tensors, numbers, log.seed, log.step), {"RULE": rule, "WIDTH": weights.shape[1], **constants})
 
     @classmethod
     def gradient(cls, gradient: Tensor) -> Target:

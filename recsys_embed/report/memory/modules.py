@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from recsys_embed.collection import EmbeddingCollection
+from recsys_embed.core.footprint import format_bytes
 from recsys_embed.core.program import LookupProgram, Table
 from recsys_embed.discover import FoundTable, bare_tables, find_tables, join_path, unwrapped
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.row_cache import RowCaches
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.plan import table_key
 from recsys_embed.report.memory.arrays import ArrayRole, ArrayStorage, TableStorage, UpdateKind, index_arrays, reads_of
@@ -58,6 +60,10 @@ def module_storage(model: nn.Module) -> ModelStorage:
     if not tables:
         notes.append("no embedding table was found in the model")
     notes += map(str, bare_tables(model))
+    cached = [c for m in model.modules() if isinstance(m, RowCaches) for c in m.by_feature.values()]
+    if cached:
+        held, most = sum(c.nbytes for c in cached), sum(c.size for c in cached)
+        notes.append(f"caches of computed rows hold {format_bytes(held)} of at most {format_bytes(most)}")
     return ModelStorage(tuple(storages), tuple(rest), tuple(notes))
 
 

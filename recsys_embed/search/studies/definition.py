@@ -43,8 +43,13 @@ class StudyDefinition:
 
     def __init__(self, config: TrainConfig, data: DataSource, settings: StudySettings) -> None:
         check_data(data, config, "a study")
-        if config.method != "full" or config.plan is not None or config.budget is not None or config.ratio is not None:
-            raise ConfigError("a study chooses method, plan and budget; leave them out of the training settings")
+        chosen = ("method", "method_args", "plan", "budget", "ratio")
+        given = [name for name in chosen if getattr(config, name) not in (None, {}, "full")]
+        if given:
+            raise ConfigError(
+                "a study chooses method, plan and budget, and sizes methods with their defaults; leave "
+                f"{', '.join(given)} out of the training settings"
+            )
         check_rows(data, config)
         need_validation(data, config)
         self.full_config, self.data, self.quality = config, without_test(data), quality_of(config)

@@ -1,0 +1,148 @@
+// Rounds float rows to few bits; the same bits as recsys_embed/core/stochastic_rounding.py. Part of kernels.inl.
+
+static inline u64 mix64(u64 z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+// Random bits of a row in a step of the optimizer.
+struct Random {
+  u32 low, high;
+};
+
+static inline u64 random_base(i64 seed, i64 step) { return mix64(u64(seed) + u64(step) * 0x9E3779B97F4A7C15ull); }
+
+static inline Random random_of(u64 base, i64 row) {
+  const u64 key = mix64(base ^ u64(row));
+  return {u32(key), u32(key >> 32)};
+}
+
+// Integers beside Lanes<N>.
+template <int N>
+struct Words;
+
+template <class U>
+static inline __attribute__((always_inline)) U random_words(U x, u32 high) {
+  x ^= x >> 16;
+  x *= 0x85EBCA6Bu;
+  x ^= high;
+  x ^= x >> 13;
+  x *= 0xC2B2AE35u;
+  return x ^ x >> 16;
+}
+
+#define RSE_WORDS(N)                                                                                              \
+  template <>                                                                                                     \
+  struct Words<N> {                                                                                               \
+    typedef typename Lanes<N>::V V;                                                                               \
+    typedef u32 U __attribute__((vector_size(4 * N), aligned(4), may_alias));                                     \
+    typedef i32 I __attribute__((vector_size(4 * N), aligned(4), may_alias));                                     \
+    /* Of columns [k, k + N). */                                                                                  \
+    static inline U random(Random r, i64 k) {                                                                     \
+      U column;                                                                                                   \
+      for (int j = 0; j < N; j++) column[j] = u32(j);                                                             \
+      return random_words<U>((column + u32(k)) * 0x9E3779B9u + r.low, r.high);                                    \
+    }                                                                                                             \
+    static inline V uniform(U x) { return __builtin_convertvector((I)(x >> 8), V) * 0x1p-24f; }                   \
+    static inline I integers(V v) { return __builtin_convertvector(v, I); }                                       \
+    static inline V floats(I i) { return __builtin_convertvector(i, V); }                                         \
+  };
+RSE_WORDS(4)
+RSE_WORDS(8)
+RSE_WORDS(16)
+#undef RSE_WORDS
+
+template <>
+struct Words<1> {
+  typedef float V;
+  typedef u32 U;
+  typedef i32 I;
+  static inline U random(Random r, i64 k) { return random_words<U>(u32(k) * 0x9E3779B9u + r.low, r.high); }
+  static inline V uniform(U x) { return float(i32(x >> 8)) * 0x1p-24f; }
+  static inline I integers(V v) { return i32(v); }
+  static inline V floats(I i) { return float(i); }
+};
+
+// Signed codes of values: stochastic with `random`, else the nearest, ties to even. Not a number becomes 0.
+template <int N>
+static inline __attribute__((always_inline)) typename Words<N>::I codes_of(typename Lanes<N>::V v, float step, float half, const Random* random, i64 k) {
+  typedef Lanes<N> L;
+  typedef Words<N> S;
+  typedef typename L::V V;
+  V x = v / step;
+  x = x == x ? x : L::all(0.f);
+  // Within reach of integers; the outermost codes absorb what lies beyond them.
+  x = x < L::all(-1000.f) ? L::all(-1000.f) : x;
+  x = x > L::all(1000.f) ? L::all(1000.f) : x;
+  // Adding and taking away 1.5 * 2^23 leaves an integer, rounded to nearest.
+  V whole = (x + 0x1.8p23f) - 0x1.8p23f;
+  if (random) {
+    const V sum = x + S::uniform(S::random(*random, k));
+    whole = S::floats(S::integers(sum));
+    whole = whole > sum ? whole - 1.f : whole;
+  }
+  whole = whole < L::all(-half) ? L::all(-half) : whole;
+  return S::integers(whole > L::all(half - 1.f) ? L::all(half - 1.f) : whole);
+}
+
+// float32 to 16 bits. In the random case magnitudes grow by the random bits and are cut.
+static inline uint16_t brain_half_of(float value, const u32* random) {
+  u32 bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7F800000u) == 0x7F800000u) return uint16_t(bits >> 16 | u32((bits & 0x7FFFFFu) != 0) << 6);
+  if (!random) return uint16_t((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
+  return uint16_t((bits + (*random >> 16)) >> 16);
+}
+
+static inline uint16_t half_of(float value, const u32* random) {
+  u32 bits;
+  std::memcpy(&bits, &value, 4);
+  const u32 size = bits & 0x7FFFFFFFu, sign = bits >> 16 & 0x8000u;
+  if (size >= 0x7F800000u) return uint16_t(sign | (size > 0x7F800000u ? 0x7E00u : 0x7C00u));
+  if (size < 0x38800000u) {  // below 2^-14 the distance of two halves is 2^-24
+    const float scaled = std::fabs(value) * 0x1p24f;
+    return uint16_t(sign | (random ? u32(scaled + Words<1>::uniform(*random)) : u32((scaled + 0x1p23f) - 0x1p23f)));
+  }
+  const u32 moved = size + (random ? *random >> 19 : 0xFFFu + (size >> 13 & 1));
+  return uint16_t(sign | (moved >= 0x47800000u ? 0x7C00u : (moved - 0x38000000u) >> 13));
+}
+
+// Writes a row of `width` floats in the format of the storage; `random` null: rounds to nearest.
+template <int W>
+static inline void round_row(const Stored& s, const float* from, i64 w, unsigned char* to, const Random* random) {
+  const i64 width = width_of<W>(w);
+  if (s.kind == FP16 || s.kind == BF16) {
+    for (i64 k = 0; k < width; k++) {
+      const u32 word = random ? Words<1>::random(*random, k) : 0;
+      const uint16_t half = s.kind == BF16 ? brain_half_of(from[k], random ? &word : nullptr) : half_of(from[k], random ? &word : nullptr);
+      std::memcpy(to + 2 * k, &half, 2);
+    }
+    return;
+  }
+  const float step = float(s.step);
+  if (s.kind == INT8) {
+    blocks<W>(width, [&](auto lanes, i64 k) {
+      constexpr int N = sizeof(lanes.all(0.f)) / 4;
+      const auto codes = codes_of<N>(lanes.load(from + k), step, 128.f, random, k);
+      if constexpr (N == 1) to[k] = (unsigned char)(codes + 128);
+      else for (int j = 0; j < N; j++) to[k + j] = (unsigned char)(codes[j] + 128);
+    });
+    return;
+  }
+  for (i64 k = 0; k < width; k += 2) {
+    const i32 low = codes_of<1>(from[k], step, 8.f, random, k) + 8;
+    const i32 high = k + 1 < width ? codes_of<1>(from[k + 1], step, 8.f, random, k + 1) + 8 : 0;
+    to[k / 2] = (unsigned char)(low | high << 4);
+  }
+}
+
+// Rounds listed rows of floats [count, width] and stores them; where no rows are listed, the first `count`.
+static void store_rows(const Stored& s, const float* values, i64 width, const i64* rows, i64 from, i64 to, i64 step, unsigned char* table) {
+  const u64 base = random_base(s.seed, step);
+  for (i64 i = from; i < to; i++) {
+    const i64 row = rows ? rows[i] : i;
+    const Random random = random_of(base, row);
+    round_row<0>(s, values + i * width, width, table + row * s.bytes, s.stochastic ? &random : nullptr);
+  }
+}
