@@ -12,6 +12,7 @@ from recsys_embed.sharding.collection import ShardableCollection  # noqa: E402
 from recsys_embed.sharding.drop_in import CompressedEBC, schema_of  # noqa: E402
 from recsys_embed.sharding.managed_collision import ManagedEBC  # noqa: E402
 from recsys_embed.sharding.optimizers import Optimizers  # noqa: E402
+from recsys_embed.sharding.quantised_tables import quantised  # noqa: E402
 from recsys_embed.sharding.shard import shard  # noqa: E402
 from recsys_embed.sharding.single_machine import from_single, to_single  # noqa: E402
 
@@ -22,6 +23,7 @@ __all__ = [
     "ShardableCollection",
     "from_single",
     "load",
+    "quantised",
     "save",
     "schema_of",
     "shard",

@@ -59,7 +59,7 @@ def weight_tensors(model: nn.Module) -> Iterator[CheckpointTensor]:
         yield from _tables(path, coll)
         bundles = coll.bundles() if isinstance(coll, ShardableCollection) else [coll.bundle]
         for bundle in bundles:
-            yield from _beside_tables(path, bundle)
+            yield from bundle_tensors(path, bundle)
     for name, values in _state_without(inner, tuple(found)):
         yield CheckpointTensor(f"model/{name}", values)
 
@@ -102,7 +102,8 @@ def _copier(table: Tensor, physical: PhysicalTable, stored: Tensor) -> Callable[
     return put
 
 
-def _beside_tables(path: str, bundle: LookupBundle) -> Iterator[CheckpointTensor]:
+def bundle_tensors(path: str, bundle: LookupBundle) -> Iterator[CheckpointTensor]:
+    """What lookups have beside tables of rows: tables of heads, modules that compute, index arrays."""
     for key, matrix in bundle.heads.tables(stacked_only=True).items():
         yield CheckpointTensor(f"{path}/{key}", matrix.detach())
     for name, module in bundle.own.items():
