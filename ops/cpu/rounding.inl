@@ -47,6 +47,11 @@ static inline __attribute__((always_inline)) U random_words(U x, u32 high) {
     static inline V uniform(U x) { return __builtin_convertvector((I)(x >> 8), V) * 0x1p-24f; }                   \
     static inline I integers(V v) { return __builtin_convertvector(v, I); }                                       \
     static inline V floats(I i) { return __builtin_convertvector(i, V); }                                         \
+    static inline void store(unsigned char* to, I i) {                                                            \
+      typedef unsigned char B __attribute__((vector_size(N)));                                                    \
+      const B bytes = __builtin_convertvector(i, B);                                                              \
+      std::memcpy(to, &bytes, N);                                                                                 \
+    }                                                                                                             \
   };
 RSE_WORDS(4)
 RSE_WORDS(8)
@@ -108,9 +113,20 @@ static inline uint16_t half_of(float value, const u32* random) {
   return uint16_t(sign | (moved >= 0x47800000u ? 0x7C00u : (moved - 0x38000000u) >> 13));
 }
 
-// Writes a row of `width` floats in the format of the storage; `random` null: rounds to nearest.
+// Codes of columns [from, from + count), one to a byte.
 template <int W>
-static inline void round_row(const Stored& s, const float* from, i64 w, unsigned char* to, const Random* random) {
+static inline __attribute__((always_inline)) void codes_of_row(const float* values, i64 from, i64 count, float step, float half, const Random* random, unsigned char* to) {
+  blocks<W>(count, [&](auto lanes, i64 k) {
+    constexpr int N = sizeof(lanes.all(0.f)) / 4;
+    const auto codes = codes_of<N>(lanes.load(values + from + k), step, half, random, from + k) + i32(half);
+    if constexpr (N == 1) to[k] = (unsigned char)(codes);
+    else Words<N>::store(to + k, codes);
+  });
+}
+
+// Writes a row of floats in the format of the storage; `random` null: rounds to nearest.
+template <int W>
+static inline __attribute__((always_inline)) void round_row(const Stored& s, const float* from, i64 w, unsigned char* to, const Random* random) {
   const i64 width = width_of<W>(w);
   if (s.kind == FP16 || s.kind == BF16) {
     for (i64 k = 0; k < width; k++) {
@@ -121,19 +137,15 @@ static inline void round_row(const Stored& s, const float* from, i64 w, unsigned
     return;
   }
   const float step = float(s.step);
-  if (s.kind == INT8) {
-    blocks<W>(width, [&](auto lanes, i64 k) {
-      constexpr int N = sizeof(lanes.all(0.f)) / 4;
-      const auto codes = codes_of<N>(lanes.load(from + k), step, 128.f, random, k);
-      if constexpr (N == 1) to[k] = (unsigned char)(codes + 128);
-      else for (int j = 0; j < N; j++) to[k + j] = (unsigned char)(codes[j] + 128);
-    });
-    return;
-  }
-  for (i64 k = 0; k < width; k += 2) {
-    const i32 low = codes_of<1>(from[k], step, 8.f, random, k) + 8;
-    const i32 high = k + 1 < width ? codes_of<1>(from[k + 1], step, 8.f, random, k + 1) + 8 : 0;
-    to[k / 2] = (unsigned char)(low | high << 4);
+  if (bits_of(s.kind) == 8) return codes_of_row<W>(from, 0, width, step, 128.f, random, to);
+  constexpr i64 most = 64;
+  unsigned char codes[most];
+  for (i64 k = 0; k < width; k += most) {
+    const i64 count = std::min(most, width - k);
+    if (W && W <= most) codes_of_row<W <= most ? W : 0>(from, k, count, step, 8.f, random, codes);
+    else codes_of_row<0>(from, k, count, step, 8.f, random, codes);
+    if (count & 1) codes[count] = 0;
+    for (i64 pair = 0; pair < (count + 1) / 2; pair++) to[k / 2 + pair] = (unsigned char)(codes[2 * pair] | codes[2 * pair + 1] << 4);
   }
 }
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from recsys_embed.core.footprint import Footprint, format_bytes, parse_bytes
 from recsys_embed.core.precision import Precision
 from recsys_embed.core.program import LookupProgram
+from recsys_embed.core.row_format import TRAINED, Quantization, Rounding
 from recsys_embed.errors import BudgetError, ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec
 from recsys_embed.utils.deprecated import warn_renamed
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from recsys_embed.planning.curves import FrequencyCurve
 
 __all__ = ["MethodConfig", "param"]
+
+
+_UNSAID = {"precision": "fp32", "quantization": "ptq", "rounding": "stochastic", "quantization_step": None}
+"""Options that files leave out at their defaults, as earlier versions did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,14 @@ class MethodConfig(ABC):
     renamed_values: ClassVar[Mapping[str, Mapping[str, Option]]] = {}
 
     seed: int = param(0, "salts hashes and initial weights")
-    precision: Precision = param("fp32", "of rows in exported files; they train unrounded")
+    precision: Precision = param(
+        "fp32", "of rows in exported files; they train unrounded unless `quantization` says so"
+    )
+    quantization: Quantization = param(
+        "ptq", "how rows get to `precision`: rounded once trained, or stored in it while they train (lpt)"
+    )
+    rounding: Rounding = param("stochastic", "of updates of rows that train in `precision`")
+    quantization_step: float | None = param(None, "distance of two codes, for integers that train", above=0, high=256)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -83,6 +95,11 @@ class MethodConfig(ABC):
             faults.append(f"`precision` does not apply beside `precisions`, one per table; got {self.precision!r}")
         elif self.precision != "fp32" and self.computes:
             faults.append(f"`precision` is for rows of tables, and these are computed; got {self.precision!r}")
+        if self.quantization != "ptq" and self.precision not in TRAINED:
+            faults.append(
+                f"`quantization={self.quantization!r}` stores rows at `precision` while they train, one of "
+                f"{', '.join(TRAINED)}; got {self.precision!r}"
+            )
         return faults
 
     @abstractmethod
@@ -101,11 +118,20 @@ class MethodConfig(ABC):
         if not isinstance(program, LookupProgram):
             raise ConfigError(f"`build_program` must return a LookupProgram; got {program!r:.80} ({where})")
         raise_faults(program.faults() or program.reach_faults(spec.num_ids), where)
-        return program.at_precision(self.precision)
+        return self._stored(program)
 
     def unchecked_program(self, spec: FeatureSpec) -> LookupProgram:
         """As :meth:`program`, for configurations that are known to suit the feature: several times as fast."""
-        return self.build_program(spec).at_precision(self.precision)
+        return self._stored(self.build_program(spec))
+
+    def _stored(self, program: LookupProgram) -> LookupProgram:
+        """The program with its rows as they are served, and stored while they train."""
+        if self.precision == "fp32":
+            return program
+        program = program.at_precision(self.precision)
+        if self.quantization == "ptq":
+            return program
+        return program.trained_at(self.precision, self.quantization_step, self.rounding)
 
     @property
     def computes(self) -> bool:
@@ -285,10 +311,11 @@ class MethodConfig(ABC):
         self.__dict__.update(self.current_options(state, warn=False))
 
     def to_dict(self) -> JSON:
-        """JSON-ready: the method key and every field, without a precision that rounds nothing."""
+        """JSON-ready: the method key and every field, without those of rounding where nothing is rounded."""
         values = {"method": self.method, **asdict(self)}
-        if self.precision == "fp32":
-            del values["precision"]
+        for name, default in _UNSAID.items():
+            if values[name] == default:
+                del values[name]
         return values
 
     @classmethod

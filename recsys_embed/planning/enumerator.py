@@ -141,7 +141,9 @@ class OptionEnumerator:
             resizable = ResizableMethod(variant, spec, terms, costs)
             made.append((resizable, self._grid(feature, candidate, resizable, unordered)))
             yield made[-1]
-        if not any(s.candidate is candidate for s in feature.shared):
+        # Rows that train in few bits are laid out by their own rules.
+        trains = "quantization" in (candidate.params or {})
+        if not trains and not any(s.candidate is candidate for s in feature.shared):
             self._at_first_precision[method] = made
 
     def _grid(

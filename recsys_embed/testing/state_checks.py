@@ -97,7 +97,7 @@ def state_round_trips_and_refuses_others(method: MethodInfo) -> None:
 def footprint_is_what_is_stored(method: MethodInfo) -> None:
     module = example(method)
     stated = module.footprint()
-    held = sum(p.numel() * p.element_size() for p in module.parameters())
+    held = sum(p.nbytes for p in module.parameters())
     state = {k: v for k, v in module.state_dict().items() if not k.endswith("_extra_state")}
     stored = sum(v.numel() * v.element_size() for v in state.values())
     # Rows train unrounded, whatever they are served at.
