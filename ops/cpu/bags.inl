@@ -99,10 +99,10 @@ class RowWindow {
   i32 rows_[SIZE + AHEAD];
 };
 
-// Sums of the rows of bags [from, to), in registers of N columns, T of them at a time. Each bag is written once.
+// Sums of the rows of bags [from, to), in registers of N columns. Each bag is written once.
 template <i64 KIND, int W>
 static bool pool_rows(const Call& c, const Feature& f, i64 from, i64 to, float* out, i64 stride) {
-  constexpr int N = W % WIDEST_BLOCK ? 8 : WIDEST_BLOCK, T = W / N < 8 ? W / N : 8;
+  constexpr int N = W % WIDEST_BLOCK ? 8 : WIDEST_BLOCK;
   typedef Lanes<N> L;
   const i64* const ends = c.offsets + f.ids * c.batch + 1;
   RowWindow rows(c, f, ends[to - 1]);

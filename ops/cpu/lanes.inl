@@ -70,14 +70,15 @@ static inline __attribute__((always_inline)) float row_sum(i64 w, F&& fn) {
   typedef Lanes<WIDE> L;
   constexpr int count = 16 / WIDE;
   const i64 width = width_of<W>(w);
-  if constexpr (W == 8) return Lanes<8>::sum(fn(Lanes<8>(), i64(0)));
+  // One order for a width, whether the compiler knows it or not.
+  if (width == 8) return Lanes<8>::sum(fn(Lanes<8>(), i64(0)));
   float total = 0.f;
   i64 k = width / 16 * 16;
   for (; k + 4 <= width; k += 4) total += Lanes<4>::sum(fn(Lanes<4>(), k));
   for (; k < width; k++) total += fn(Lanes<1>(), k);
   if (width < 16) return total;
   typename L::V wide[count];
-  for (auto& part : wide) part = L::all(0.f);
+  for (int j = 0; j < count; j++) wide[j] = L::all(0.f);  // by `auto&`, a vector would be taken to be aligned
   for (i64 at = 0; at + 16 <= width; at += 16)
     for (int j = 0; j < count; j++) wide[j] += fn(L(), at + j * WIDE);
   for (int half = count / 2; half; half /= 2)

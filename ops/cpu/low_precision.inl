@@ -1,19 +1,21 @@
 // Steps of rows that are stored in few bits: decoded, stepped in floats, and rounded. Part of kernels.inl.
 
+// The widths that these are compiled for apart; 0 is any.
+constexpr int common_width(int width) { return width == 16 || width == 64 ? width : 0; }
+
 static inline unsigned char* stored_at(const Update& u, float* table, i64 row) {
   return reinterpret_cast<unsigned char*>(table) + row * u.stored.bytes;
 }
 
-template <int W>
-static inline void catch_up_stored(const Update& u, float* table, i64 row, i64 from, i64 to, i64 w) {
-  StoredRow<W> weights(u, table, row, width_of<W>(w));
+static void catch_up_stored(const Update& u, float* table, i64 row, i64 from, i64 to, i64 width) {
+  StoredRow<0> weights(u, table, row, width);
   for (i64 t = from; t <= to; t++) {
-    step_without_gradient<W>(u, weights.read(), row, t, t, w);
+    step_without_gradient<0>(u, weights.read(), row, t, t, width);
     weights.write(t);
   }
 }
 
-template <i64 KIND, int W, i64 AHEAD>
+template <i64 KIND, int W>
 static void update_rows_of(const Update& u, float* table, const Summed* rows, i64 count, i64 w) {
   const i64 width = width_of<W>(w);
   const float size = size_of(u, u.step), eps = epsilon_of(u, u.step), decay = float(u.decay), distance = float(u.stored.step);
@@ -22,9 +24,10 @@ static void update_rows_of(const Update& u, float* table, const Summed* rows, i6
   format.kind = KIND;
   Row<W> memory(width);
   float* const weight = memory.data();
+  constexpr i64 ahead = 16;
   Rules::with(u.rule, [&](const auto& rule) {
     for (i64 i = 0; i < count; i++) {
-      if (AHEAD && i + AHEAD < count) prefetch_state(u, table, rows[i + AHEAD].row, width);
+      if (i + ahead < count) prefetch_state(u, table, rows[i + ahead].row, width);
       const i64 row = rows[i].row;
       if (u.last) {
         catch_up<W>(u, table, row, u.step - 1, w);
@@ -39,14 +42,13 @@ static void update_rows_of(const Update& u, float* table, const Summed* rows, i6
   });
 }
 
-// One step on each row; overwrites its gradient.
-template <int W, i64 AHEAD>
+// One step on each row; overwrites its gradient. W: a common width.
+template <int W>
 static void update_stored_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 w) {
   switch (u.stored.kind) {
-    case STEP_INT8: return update_rows_of<STEP_INT8, W, AHEAD>(u, table, rows, count, w);
-    case STEP_INT4: return update_rows_of<STEP_INT4, W, AHEAD>(u, table, rows, count, w);
-    // Of any width, because compilers take long for one each; sums of 8 columns have an order of their own.
-    case FP16: return update_rows_of<FP16, W == 8 ? 8 : 0, AHEAD>(u, table, rows, count, w);
-    default: return update_rows_of<BF16, W == 8 ? 8 : 0, AHEAD>(u, table, rows, count, w);
+    case FP16: return update_rows_of<FP16, 0>(u, table, rows, count, w);
+    case BF16: return update_rows_of<BF16, 0>(u, table, rows, count, w);
+    case STEP_INT8: return update_rows_of<STEP_INT8, W>(u, table, rows, count, w);
+    default: return update_rows_of<STEP_INT4, W>(u, table, rows, count, w);
   }
 }

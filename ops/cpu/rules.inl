@@ -205,17 +205,15 @@ template <int W>
 static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w);
 
 // As catch_up, with state that each step rounds, and rows of floats or of few bits.
-template <int W>
-static void catch_up_rounded(const Update& u, float* table, i64 row, i64 to, i64 w) {
-  const i64 width = width_of<W>(w);
+static void catch_up_rounded(const Update& u, float* table, i64 row, i64 to, i64 width) {
   RowState state(u, width);
-  StoredRow<W> weights(u, table, row, width);
+  StoredRow<0> weights(u, table, row, width);
   state.step.stored.bytes = 0;
   for (i64 t = std::max<i64>(u.last[row], u.first) + 1; t <= to; t++) {
     i32 last = i32(t - 1);
     state.step.last = &last;
     state.read(u.rule, row, width);
-    catch_up<W>(state.step, weights.read(), 0, t, width);
+    catch_up<0>(state.step, weights.read(), 0, t, width);
     weights.write(t);
     state.begin(u.rule, t);
     state.write(u.rule, row, width);
@@ -247,18 +245,17 @@ static inline void step_without_gradient(const Update& u, float* weight, i64 row
 }
 
 // Rows that train in few bits are rounded in each step, whether it was deferred or not.
-template <int W>
-static inline void catch_up_stored(const Update& u, float* table, i64 row, i64 from, i64 to, i64 w);
+static void catch_up_stored(const Update& u, float* table, i64 row, i64 from, i64 to, i64 width);
 
 // Applies the steps up to `to` that a row was not read in.
 template <int W>
 static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w) {
   if (!u.last || u.last[row] >= to) return;
-  if (u.rule.rounded) return catch_up_rounded<W>(u, table, row, to, w);
+  if (u.rule.rounded) return catch_up_rounded(u, table, row, to, width_of<W>(w));
   // Steps before the first of the log are part of every row.
   const i64 from = std::max<i64>(u.last[row], u.first) + 1;
   u.last[row] = i32(to);
-  if (u.stored.bytes) return catch_up_stored<W>(u, table, row, from, to, w);
+  if (u.stored.bytes) return catch_up_stored(u, table, row, from, to, width_of<W>(w));
   step_without_gradient<W>(u, table + row * width_of<W>(w), row, from, to, w);
 }
 
@@ -337,9 +334,9 @@ static void update_rows_rounded(const Update& u, float* table, const Summed* row
 template <int W, i64 AHEAD>
 static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w) {
   if (u.rule.number < 0) return hand_out<W>(u, rows, count, at, w);
-  if (u.rule.rounded) return update_rows_rounded<W>(u, table, rows, count, w);
-  if (u.stored.bytes) return update_stored_rows<W, AHEAD>(u, table, rows, count, w);
   const i64 width = width_of<W>(w);
+  if (u.rule.rounded) return update_rows_rounded<common_width(W)>(u, table, rows, count, width);
+  if (u.stored.bytes) return update_stored_rows<common_width(W)>(u, table, rows, count, width);
   const float size = size_of(u, u.step), eps = epsilon_of(u, u.step), decay = float(u.decay);
   Rules::with(u.rule, [&](const auto& rule) {
     for (i64 i = 0; i < count; i++) {

@@ -46,6 +46,7 @@ class MethodConfig(ABC):
             studies choose it together with the size.
         plannable: whether the planner, comparisons and studies may size the method. False for methods whose contents
             a search finds.
+        has_own_precisions: whether options say the precision of each table, so that ``precision`` does not apply.
         renamed_options: present names of options by their names in earlier versions. The earlier ones are accepted
             with a DeprecationWarning, and silently when read from a file.
         renamed_values: the same for values of options, by the option's present name.
@@ -56,6 +57,7 @@ class MethodConfig(ABC):
     order_option: ClassVar[str | None] = None
     width_option: ClassVar[str | None] = None
     plannable: ClassVar[bool] = True
+    has_own_precisions: ClassVar[bool] = False
     renamed_options: ClassVar[Mapping[str, str]] = {}
     renamed_values: ClassVar[Mapping[str, Mapping[str, Option]]] = {}
 
@@ -89,7 +91,9 @@ class MethodConfig(ABC):
             faults.append(
                 f"method {self.method!r} needs vocabulary indices; the feature has raw 64-bit ids: use a hashing method"
             )
-        if self.precision != "fp32" and self.computes:
+        if self.precision != "fp32" and self.has_own_precisions:
+            faults.append(f"`precision` does not apply beside `precisions`, one per table; got {self.precision!r}")
+        elif self.precision != "fp32" and self.computes:
             faults.append(f"`precision` is for rows of tables, and these are computed; got {self.precision!r}")
         if self.quantization != "ptq" and self.precision not in TRAINED:
             faults.append(
