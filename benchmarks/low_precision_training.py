@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of recsys-embed data; without it, only steps are timed")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--buckets", type=int, default=7000, help="rows of `unified`: those of the float32 plan at 20x")
+    parser.add_argument("--buckets", type=int, default=2846, help="rows of `unified`: those of the float32 plan at 20x")
     arguments = parser.parse_args()
     found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
     found["step_time_over_fp32"] = step_times()

@@ -65,7 +65,7 @@ def stored(coll: torch.nn.Module) -> list[Tensor]:
 
 @pytest.mark.skipif(not NATIVE, reason="no native kernels")
 @pytest.mark.parametrize("kind", TRAINED)
-@pytest.mark.parametrize("width", [8, 16, 27, 4])
+@pytest.mark.parametrize("width", [8, 16, 27, 4, 5, 3])
 @pytest.mark.parametrize(
     "rule",
     [SGD(0.1), RowwiseAdagrad(0.05), SGD(0.1, weight_decay=0.01, rows="all"), RowwiseAdagrad(0.05, weight_decay=0.01)],
