@@ -77,7 +77,7 @@ static inline __attribute__((always_inline)) float row_sum(i64 w, F&& fn) {
   for (; k < width; k++) total += fn(Lanes<1>(), k);
   if (width < 16) return total;
   typename L::V wide[count];
-  for (auto& part : wide) part = L::all(0.f);
+  for (int j = 0; j < count; j++) wide[j] = L::all(0.f);  // by `auto&`, a vector would be taken to be aligned
   for (i64 at = 0; at + 16 <= width; at += 16)
     for (int j = 0; j < count; j++) wide[j] += fn(L(), at + j * WIDE);
   for (int half = count / 2; half; half /= 2)
