@@ -67,7 +67,8 @@ def trained(model: str, ratio: float | None, seed: int, given: dict[str, Any], d
     found = out.result.to_dict()
     chosen: dict[str, int] = {}
     for config in out.model.embedding.plan.configs.values():
-        name = f"{config.method} {config.precision}"
+        tiers = getattr(config, "precisions", (config.precision,))
+        name = f"{config.method} {'/'.join(tiers)}"
         chosen[name] = chosen.get(name, 0) + 1
     return {
         "test": found["test"], "valid": found["valid"], "bytes": out.footprint.serve, "full_bytes": out.full_bytes,
@@ -78,8 +79,8 @@ def trained(model: str, ratio: float | None, seed: int, given: dict[str, Any], d
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over seeds as Markdown, gains against full tables of the same seed."""
     full = {(r["model"], r["seed"]): r for r in rows if r["what"] == "full"}
-    lines = ["| model | rows | budget | compression | test AUC | against full | tables of the plan |",
-             "| --- | --- | ---: | ---: | ---: | ---: | --- |"]  # fmt: skip
+    lines = ["| model | rows | budget | compression | test AUC | against full | seeds | features by storage |",
+             "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"]  # fmt: skip
     groups: dict[tuple[str, str, float | None], list[dict[str, Any]]] = {}
     for r in rows:
         groups.setdefault((r["model"], r["what"], r["ratio"]), []).append(r)
@@ -88,7 +89,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         budget = "" if ratio is None else f"1/{ratio:g}"
         good = [r for r in found if "test" in r]
         if not good:
-            lines.append(f"| {model} | {what} | {budget} | infeasible | | | |")
+            lines.append(f"| {model} | {what} | {budget} | infeasible | | | | |")
             continue
         gains = [r["test"]["auc"] - full[model, r["seed"]]["test"]["auc"] for r in good]
         spread = f" ± {statistics.stdev(gains):.4f}" if len(gains) > 1 else ""
@@ -96,7 +97,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         auc = statistics.mean(r["test"]["auc"] for r in good)
         gain = "" if what == "full" else f"{statistics.mean(gains):+.4f}{spread}"
         chosen = ", ".join(f"{n} {name}" for name, n in sorted(good[0]["chosen"].items()))
-        lines.append(f"| {model} | {what} | {budget} | {size:.1f}x | {auc:.4f} | {gain} | {chosen} |")
+        lines.append(f"| {model} | {what} | {budget} | {size:.1f}x | {auc:.4f} | {gain} | {len(good)} | {chosen} |")
     return "\n".join(lines) + "\n"
 
 
