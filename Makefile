@@ -120,7 +120,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 # BENCH="kernels serving" for some of them, ARGS=--quick for a first look.
-BENCH := data kernels serving deepfm supernet_step step_modes
+BENCH := data kernels serving served deepfm supernet_step step_modes
 bench: setup
 	@mkdir -p runs/bench
 	@for name in $(BENCH); do \

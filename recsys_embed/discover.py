@@ -167,7 +167,7 @@ def bare_tables(model: nn.Module) -> list[BareTable]:
             rows, width = p.shape
             if rows >= max(_BARE_ROWS, _BARE_RATIO * width) and p.is_floating_point():
                 seen.add(_tensor_key(p))
-                found.append(BareTable(join_path(names[path], name), rows, width, p.numel() * p.element_size()))
+                found.append(BareTable(join_path(names[path], name), rows, width, p.nbytes))
     return found
 
 

@@ -335,7 +335,7 @@ class Plan:
         for table in _tables_of(gathered, schema).values():
             state = 0 if optimizer is None or table.dense else optimizer.state_bytes(table.rows, table.width)
             weights = table.nbytes(itemsize)
-            total += Footprint(weights, optimizer=state, unrounded=itemsize * table.elements - weights)
+            total += Footprint(weights, optimizer=state, unrounded=table.trained_bytes(itemsize) - weights)
         for spec in schema.first_readers:
             if spec.name in gathered:
                 total += Footprint(index=gathered[spec.name].footprint(itemsize).index)

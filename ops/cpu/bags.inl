@@ -99,13 +99,14 @@ class RowWindow {
   i32 rows_[SIZE + AHEAD];
 };
 
-// Sums of the rows of bags [from, to), in registers of N columns, T of them at a time. Each bag is written once.
+// Sums of the rows of bags [from, to), in registers of N columns. Each bag is written once.
 template <i64 KIND, int W>
 static bool pool_rows(const Call& c, const Feature& f, i64 from, i64 to, float* out, i64 stride) {
-  constexpr int N = W % WIDEST_BLOCK ? 8 : WIDEST_BLOCK, T = W / N < 8 ? W / N : 8;
+  constexpr int N = W % WIDEST_BLOCK ? 8 : WIDEST_BLOCK;
   typedef Lanes<N> L;
   const i64* const ends = c.offsets + f.ids * c.batch + 1;
   RowWindow rows(c, f, ends[to - 1]);
+  const float step = step_of(c, c.row_lookups[f.first].storage);
   for (i64 b = from, i = ends[from - 1]; b < to; b++) {
     float* const o = out + b * stride;
     typename L::V sums[W / N];
@@ -116,7 +117,7 @@ static bool pool_rows(const Call& c, const Feature& f, i64 from, i64 to, float* 
       for (; i < stop; i++) {
         const unsigned char* row = rows.at(i);
         if (!row) continue;
-        const Line line = has_line(KIND) ? line_of(KIND, row) : Line{1.f, 0.f};
+        const Line line = line_at<KIND>(row, step);
         for (int t = 0; t < W / N; t++) sums[t] += decoded<KIND, N>(row, t * N, line);
       }
     }
@@ -130,6 +131,7 @@ template <i64 KIND>
 static bool pool_rows_with_factors(const Call& c, const Feature& f, i64 from, i64 to, float* out, i64 stride) {
   const i64 width = c.row_lookups[f.first].width, *const ends = c.offsets + f.ids * c.batch + 1;
   RowWindow rows(c, f, ends[to - 1]);
+  const float step = step_of(c, c.row_lookups[f.first].storage);
   BagWalk walk(c, f, ends[from - 1]);
   for (i64 b = from, i = ends[from - 1]; b < to; b++) {
     float* const o = out + b * stride;
@@ -140,7 +142,7 @@ static bool pool_rows_with_factors(const Call& c, const Feature& f, i64 from, i6
       walk.bag_of(i);
       const float factor = walk.factor(i);
       if (!row) continue;
-      const Line line = has_line(KIND) ? line_of(KIND, row) : Line{1.f, 0.f};
+      const Line line = line_at<KIND>(row, step);
       const auto add = [&](auto lanes, i64 k, auto v) { lanes.store(o + k, lanes.load(o + k) + v * factor); };
       if constexpr (KIND == FP32)
         blocks<0>(width, [&](auto lanes, i64 k) { add(lanes, k, lanes.load(reinterpret_cast<const float*>(row) + k)); });
@@ -176,6 +178,8 @@ static PoolRows choose_pool_of_rows(const Call& c, const Feature& f) {
     case INT8: return pool_of<INT8>(width);
     case INT4: return pool_of<INT4>(width);
     case INT2: return pool_of<INT2>(width);
+    case STEP_INT8: return pool_of<STEP_INT8>(width);
+    case STEP_INT4: return pool_of<STEP_INT4>(width);
     default: return pool_of<FP8>(width);
   }
 }

@@ -100,6 +100,8 @@ static inline __attribute__((always_inline)) void prefetch_ids(const Call& c, i6
 
 static inline i64 kind_of(const Call& c, i64 storage) { return c.storage_kinds ? c.storage_kinds[storage] : i64(FP32); }
 
+static inline float step_of(const Call& c, i64 storage) { return c.storage_steps ? float(c.storage_steps[storage]) : 0.f; }
+
 static inline i64 row_bytes(const Call& c, i64 storage) {
   return c.storage_bytes ? c.storage_bytes[storage] : i64(4 * c.storage_widths[storage]);
 }

@@ -34,13 +34,13 @@ struct Group {
   i64 output, width, kind, join, count;
   bool factor;
   u64 repeated;             // bit per slot of an item: its row is one element, broadcast to the width
-  float empty;
+  float empty, step;        // value where no slot has a row; distance of the codes of rows that train
   std::vector<Slot> slots;
   std::vector<i64> columns;
 
   bool fits(const Group& o) const {
     return output == o.output && width == o.width && kind == o.kind && join == o.join && count == o.count &&
-           factor == o.factor && repeated == o.repeated && empty == o.empty;
+           factor == o.factor && repeated == o.repeated && empty == o.empty && step == o.step;
   }
 };
 

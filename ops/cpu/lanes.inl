@@ -70,7 +70,8 @@ static inline __attribute__((always_inline)) float row_sum(i64 w, F&& fn) {
   typedef Lanes<WIDE> L;
   constexpr int count = 16 / WIDE;
   const i64 width = width_of<W>(w);
-  if constexpr (W == 8) return Lanes<8>::sum(fn(Lanes<8>(), i64(0)));
+  // One order for a width, whether the compiler knows it or not.
+  if (width == 8) return Lanes<8>::sum(fn(Lanes<8>(), i64(0)));
   float total = 0.f;
   i64 k = width / 16 * 16;
   for (; k + 4 <= width; k += 4) total += Lanes<4>::sum(fn(Lanes<4>(), k));

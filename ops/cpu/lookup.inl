@@ -9,7 +9,7 @@ static const float* weights_of(const Call& c, const RowLookup& p, const i32* row
     out[i] = 0.f;
     if (rows[i] < 0) continue;
     if (kind == FP32) out[i] = table[rows[i]];
-    else decode_row(kind, stored_row(c, p.weight_storage, rows[i]), 1, out + i);
+    else decode_row(kind, stored_row(c, p.weight_storage, rows[i]), 1, out + i, step_of(c, p.weight_storage));
   }
   return out;
 }
@@ -59,7 +59,7 @@ class Reader {
     bool fits = true;
     for (i64 j = 0; j < f.row_lookups; j++) {
       fits &= fits_slots(all[j]);
-      fits &= all[j].join == STORE || (j && all[j].column == all[j - 1].column && kind_of(c_, all[j].storage) == kind_of(c_, all[j - 1].storage));
+      fits &= all[j].join == STORE || (j && all[j].column == all[j - 1].column && kind_of(c_, all[j].storage) == kind_of(c_, all[j - 1].storage) && step_of(c_, all[j].storage) == step_of(c_, all[j - 1].storage));
     }
     for (i64 j = 0, count; fits && j < f.row_lookups; j += count) {
       for (count = 1; j + count < f.row_lookups && all[j + count].join != STORE;) count++;
@@ -152,7 +152,7 @@ class Reader {
   void add_item(const Feature& f, const Chunk& at, i64 j, i64 count, i64 output, i64 column, bool joined) {
     const RowLookup* all = c_.row_lookups + f.first + j;
     const i64 width = joined ? all->span : all->width, join = count > 1 ? all[1].join : i64(STORE);
-    Group group{output, width, kind_of(c_, all->storage), join, count, false, 0, float(all->product), {}, {}};
+    Group group{output, width, kind_of(c_, all->storage), join, count, false, 0, float(all->product), step_of(c_, all->storage), {}, {}};
     for (i64 k = 0; joined && k < count; k++) {
       group.factor |= has_factor(all[k]);
       group.repeated |= u64(all[k].span != all[k].width) << k;
@@ -207,7 +207,8 @@ class Reader {
     for (i64 j = 0; j < k.feature->row_lookups; j++) {
       RowLookup p = c_.row_lookups[k.feature->first + j];
       p.has_sign = 0;
-      if (p.num_rows > 1) gather_slices(c_, p, STORE, k.at.ids, k.at.rows_of(j), nullptr, n, out + p.kept, stride);
+      if (p.num_rows > 1 && kind_of(c_, p.storage) != FP32) gather_decoded(c_, p, STORE, k.at.ids, k.at.rows_of(j), nullptr, n, out + p.kept, stride);
+      else if (p.num_rows > 1) gather_slices(c_, p, STORE, k.at.ids, k.at.rows_of(j), nullptr, n, out + p.kept, stride);
       float weights[CHUNK];
       if (weights_of(c_, p, k.at.rows_of(j) + k.at.size, n, weights))
         for (i64 i = 0; i < n; i++) out[i * stride + p.kept + p.num_rows * p.width] = weights[i];

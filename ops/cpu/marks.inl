@@ -68,7 +68,7 @@ static i64 mark_sorted(const TableReads& t, const u64* entries, i64 from, i64 to
     row_of_place[place] = row;
     place += first;
     const i32 mark = mark_of(place - 1, (first ? FIRST : 0) | (next ? 0 : LAST));
-    t.row(entries[i] & ((u64(1) << PLACE_BITS) - 1)) = next | before ? mark : row;
+    t.row(entries[i] & ((u64(1) << PLACE_BITS) - 1)) = (next | before) ? mark : row;
     before = next;
   }
   return place;

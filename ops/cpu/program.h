@@ -12,7 +12,11 @@ using u64 = uint64_t;
 enum Join : i64 { STORE = 0, ADD = 1, MUL = 2 };
 // Number format of a storage. Integer rows: scale and bias in fp16, then codes; x = code * scale + bias. FP8 rows: scale in
 // fp16, then e4m3 numbers.
-enum Precision : i64 { FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT4 = 4, INT2 = 5, FP8 = 6 };
+// Rows that train have codes u = q + 2^(bits - 1) of values q * step, by one step of their storage (STEP_...).
+enum Precision : i64 {
+  FP32 = 0, FP16 = 1, BF16 = 2, INT8 = 3, INT4 = 4, INT2 = 5, FP8 = 6,
+  STEP_INT8 = 7, STEP_INT4 = 8
+};
 // In place of a rule: gradients are handed out.
 constexpr i64 DENSE_GRADIENT = -1, SPARSE_GRADIENT = -2, NO_UPDATE = -3;
 
@@ -79,6 +83,7 @@ struct Call {
   float* const* storages;
   const i64* storage_widths;
   const i64 *storage_kinds, *storage_bytes;        // precision, and bytes from one row to the next; null: all fp32
+  const double* storage_steps;                     // of STEP_INT8 and STEP_INT4; null where there are none
   i64 storage_count;
   const Matrix* outputs;
   i64 output_count;
@@ -102,9 +107,9 @@ struct Train {
   float* of_columns;
 };
 
-// How rows that train in few bits are stored: codes u = q + 2^(bits - 1) of values q * step, or 16-bit floats.
+// How rows that train in few bits are stored.
 struct Stored {
-  i64 kind, bytes;                                 // precision, and bytes from one row to the next
+  i64 kind, bytes;                                 // precision, and bytes from one row to the next; 0: floats
   i64 seed, stochastic;                            // of the rounding; not stochastic: to nearest
   double step;                                     // distance of two codes
 };
@@ -137,4 +142,5 @@ struct Update {
   i64* touched;                                    // [lookups] rows of a sparse gradient
   i64* touched_count;
   i64 rows;
+  Stored stored;
 };

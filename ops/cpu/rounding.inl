@@ -47,6 +47,11 @@ static inline __attribute__((always_inline)) U random_words(U x, u32 high) {
     static inline V uniform(U x) { return __builtin_convertvector((I)(x >> 8), V) * 0x1p-24f; }                   \
     static inline I integers(V v) { return __builtin_convertvector(v, I); }                                       \
     static inline V floats(I i) { return __builtin_convertvector(i, V); }                                         \
+    static inline void store(unsigned char* to, I i) {                                                            \
+      typedef unsigned char B __attribute__((vector_size(N)));                                                    \
+      const B bytes = __builtin_convertvector(i, B);                                                              \
+      std::memcpy(to, &bytes, N);                                                                                 \
+    }                                                                                                             \
   };
 RSE_WORDS(4)
 RSE_WORDS(8)
@@ -64,13 +69,25 @@ struct Words<1> {
   static inline V floats(I i) { return float(i); }
 };
 
+// Divides by the distance of two codes. That of a power of two is a product, with the same bits in less time.
+struct Division {
+  float step, inverse;
+  bool exact;
+
+  explicit Division(float by) : step(by), inverse(1.f / by) {
+    u32 bits;
+    std::memcpy(&bits, &by, 4);
+    exact = !(bits & 0x7FFFFFu);
+  }
+};
+
 // Signed codes of values: stochastic with `random`, else the nearest, ties to even. Not a number becomes 0.
 template <int N>
-static inline __attribute__((always_inline)) typename Words<N>::I codes_of(typename Lanes<N>::V v, float step, float half, const Random* random, i64 k) {
+static inline __attribute__((always_inline)) typename Words<N>::I codes_of(typename Lanes<N>::V v, const Division& by, float half, const Random* random, i64 k) {
   typedef Lanes<N> L;
   typedef Words<N> S;
   typedef typename L::V V;
-  V x = v / step;
+  V x = by.exact ? v * by.inverse : v / by.step;
   x = x == x ? x : L::all(0.f);
   // Within reach of integers; the outermost codes absorb what lies beyond them.
   x = x < L::all(-1000.f) ? L::all(-1000.f) : x;
@@ -108,9 +125,20 @@ static inline uint16_t half_of(float value, const u32* random) {
   return uint16_t(sign | (moved >= 0x47800000u ? 0x7C00u : (moved - 0x38000000u) >> 13));
 }
 
-// Writes a row of `width` floats in the format of the storage; `random` null: rounds to nearest.
+// Codes of columns [from, from + count), one to a byte.
 template <int W>
-static inline void round_row(const Stored& s, const float* from, i64 w, unsigned char* to, const Random* random) {
+static inline __attribute__((always_inline)) void codes_of_row(const float* values, i64 from, i64 count, const Division& step, float half, const Random* random, unsigned char* to) {
+  blocks<W>(count, [&](auto lanes, i64 k) {
+    constexpr int N = sizeof(lanes.all(0.f)) / 4;
+    const auto codes = codes_of<N>(lanes.load(values + from + k), step, half, random, from + k) + i32(half);
+    if constexpr (N == 1) to[k] = (unsigned char)(codes);
+    else Words<N>::store(to + k, codes);
+  });
+}
+
+// Writes a row of floats in the format of the storage; `random` null: rounds to nearest.
+template <int W>
+static inline __attribute__((always_inline)) void round_row(const Stored& s, const float* from, i64 w, unsigned char* to, const Random* random) {
   const i64 width = width_of<W>(w);
   if (s.kind == FP16 || s.kind == BF16) {
     for (i64 k = 0; k < width; k++) {
@@ -120,20 +148,25 @@ static inline void round_row(const Stored& s, const float* from, i64 w, unsigned
     }
     return;
   }
-  const float step = float(s.step);
-  if (s.kind == INT8) {
-    blocks<W>(width, [&](auto lanes, i64 k) {
-      constexpr int N = sizeof(lanes.all(0.f)) / 4;
-      const auto codes = codes_of<N>(lanes.load(from + k), step, 128.f, random, k);
-      if constexpr (N == 1) to[k] = (unsigned char)(codes + 128);
-      else for (int j = 0; j < N; j++) to[k + j] = (unsigned char)(codes[j] + 128);
-    });
-    return;
-  }
-  for (i64 k = 0; k < width; k += 2) {
-    const i32 low = codes_of<1>(from[k], step, 8.f, random, k) + 8;
-    const i32 high = k + 1 < width ? codes_of<1>(from[k + 1], step, 8.f, random, k + 1) + 8 : 0;
-    to[k / 2] = (unsigned char)(low | high << 4);
+  const Division step(float(s.step));
+  if (bits_of(s.kind) == 8) return codes_of_row<W>(from, 0, width, step, 128.f, random, to);
+  constexpr i64 most = 64;
+  unsigned char codes[most];
+  for (i64 k = 0; k < width; k += most) {
+    const i64 count = std::min(most, width - k);
+    if (W && W <= most) codes_of_row<W <= most ? W : 0>(from, k, count, step, 8.f, random, codes);
+    else codes_of_row<0>(from, k, count, step, 8.f, random, codes);
+    if (count & 1) codes[count] = 0;
+    i64 at = 0;
+    for (; at + 8 <= count; at += 8) {  // two codes to a byte, eight at a time
+      u64 word;
+      std::memcpy(&word, codes + at, 8);
+      word = (word | word >> 4) & 0x00FF00FF00FF00FFull;
+      word = (word | word >> 8) & 0x0000FFFF0000FFFFull;
+      const u32 packed = u32(word | word >> 16);
+      std::memcpy(to + (k + at) / 2, &packed, 4);
+    }
+    for (; at < count; at += 2) to[(k + at) / 2] = (unsigned char)(codes[at] | codes[at + 1] << 4);
   }
 }
 

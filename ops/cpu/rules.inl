@@ -173,35 +173,59 @@ static inline __attribute__((always_inline)) void scale_row(float* weight, const
   });
 }
 
+// A row of a table as floats: itself, or a copy that is rounded where it is written back.
+template <int W>
+class StoredRow {
+ public:
+  StoredRow(const Update& u, float* table, i64 row, i64 width)
+      : u_(u), row_(row), width_(width), memory_(width), stored_(reinterpret_cast<unsigned char*>(table) + row * u.stored.bytes),
+        floats_(u.stored.bytes ? memory_.data() : table + row * width) {}
+
+  float* read() {
+    if (u_.stored.bytes) decode_row(u_.stored.kind, stored_, width_, floats_, float(u_.stored.step));
+    return floats_;
+  }
+
+  // In a step of the optimizer.
+  void write(i64 step) {
+    if (!u_.stored.bytes) return;
+    const Random random = random_of(random_base(u_.stored.seed, step), row_);
+    round_row<W>(u_.stored, floats_, width_, stored_, u_.stored.stochastic ? &random : nullptr);
+  }
+
+ private:
+  const Update& u_;
+  i64 row_, width_;
+  Row<W> memory_;
+  unsigned char* stored_;
+  float* floats_;
+};
+
 template <int W>
 static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w);
 
-// As catch_up, with state that each step rounds.
-template <int W>
-static void catch_up_rounded(const Update& u, float* table, i64 row, i64 to, i64 w) {
-  const i64 width = width_of<W>(w);
+// As catch_up, with state that each step rounds, and rows of floats or of few bits.
+static void catch_up_rounded(const Update& u, float* table, i64 row, i64 to, i64 width) {
   RowState state(u, width);
+  StoredRow<0> weights(u, table, row, width);
+  state.step.stored.bytes = 0;
   for (i64 t = std::max<i64>(u.last[row], u.first) + 1; t <= to; t++) {
     i32 last = i32(t - 1);
     state.step.last = &last;
     state.read(u.rule, row, width);
-    catch_up<W>(state.step, table + row * width, 0, t, width);
+    catch_up<0>(state.step, weights.read(), 0, t, width);
+    weights.write(t);
     state.begin(u.rule, t);
     state.write(u.rule, row, width);
   }
   u.last[row] = i32(to);
 }
 
-// Applies the steps up to `to` that a row was not read in: their gradient is the weight decay alone.
+// Makes steps [from, to] of a row without a gradient: their gradient is the weight decay alone.
 template <int W>
-static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w) {
-  if (!u.last || u.last[row] >= to) return;
-  if (u.rule.rounded) return catch_up_rounded<W>(u, table, row, to, w);
-  // Steps before the first of the log are part of every row.
-  const i64 width = width_of<W>(w), place = row * width, from = std::max<i64>(u.last[row], u.first) + 1;
+static inline void step_without_gradient(const Update& u, float* weight, i64 row, i64 from, i64 to, i64 w) {
+  const i64 width = width_of<W>(w), place = row * width;
   const float decay = float(u.decay);
-  float* weight = table + place;
-  u.last[row] = i32(to);
   Rules::with(u.rule, [&](const auto& rule) {
     using R = std::decay_t<decltype(rule)>;
     if constexpr (R::by_row) {
@@ -218,6 +242,21 @@ static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 
       });
     }
   });
+}
+
+// Rows that train in few bits are rounded in each step, whether it was deferred or not.
+static void catch_up_stored(const Update& u, float* table, i64 row, i64 from, i64 to, i64 width);
+
+// Applies the steps up to `to` that a row was not read in.
+template <int W>
+static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w) {
+  if (!u.last || u.last[row] >= to) return;
+  if (u.rule.rounded) return catch_up_rounded(u, table, row, to, width_of<W>(w));
+  // Steps before the first of the log are part of every row.
+  const i64 from = std::max<i64>(u.last[row], u.first) + 1;
+  u.last[row] = i32(to);
+  if (u.stored.bytes) return catch_up_stored(u, table, row, from, to, width_of<W>(w));
+  step_without_gradient<W>(u, table + row * width_of<W>(w), row, from, to, w);
 }
 
 // A row and its summed gradient.
@@ -238,8 +277,25 @@ static void hand_out(const Update& u, const Summed* rows, i64 count, i64 at, i64
   }
 }
 
+// One step of a row; overwrites its gradient.
+template <int W, class R>
+static inline __attribute__((always_inline)) void step_row(const Update& u, const R& rule, float* weight, float* g, i64 row, float size, float eps, float decay, i64 w) {
+  const i64 width = width_of<W>(w);
+  if (decay != 0)
+    blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(g + k, lanes.load(g + k) + lanes.load(weight + k) * decay); });
+  if constexpr (R::by_row) {
+    scale_row<W, R>(weight, g, rule.factors(u.rule, row, u.step, mean_square<W>(g, w), size, eps), width);
+  } else {
+    const float sized = rule.sized(u, row, size);
+    each_block<W, R>(u.rule, weight, row * width, width, [&](auto lanes, i64 k, typename decltype(lanes)::V& x, typename decltype(lanes)::V& a, typename decltype(lanes)::V& b) {
+      rule.run(lanes, lanes.load(g + k), x, a, b, sized, eps);
+    });
+  }
+}
+
 static inline __attribute__((always_inline)) void prefetch_state(const Update& u, const float* table, i64 row, i64 width) {
-  if (u.rule.number >= 0) prefetch<2>(table + row * width, 4 * width);
+  if (u.stored.bytes) prefetch<2>(reinterpret_cast<const char*>(table) + row * u.stored.bytes, u.stored.bytes);
+  else if (u.rule.number >= 0) prefetch<2>(table + row * width, 4 * width);
   for (i64 i = 0; i < 4 && u.rule.state[i]; i++) {
     const i64 bytes = (i < u.rule.elements ? width : 1) * (u.rule.forms[i].bits ? u.rule.forms[i].bits / 8 : 4);
     prefetch<2>(reinterpret_cast<const char*>(u.rule.state[i]) + row * bytes, bytes);
@@ -247,23 +303,28 @@ static inline __attribute__((always_inline)) void prefetch_state(const Update& u
   if (u.last) prefetch<2>(u.last + row, 4);
 }
 
+#include "low_precision.inl"
+
 template <int W, i64 AHEAD = 0>
 static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w);
 
-// As update_rows, with state that each step rounds.
+// As update_rows, with state that each step rounds, and rows of floats or of few bits.
 template <int W>
 static void update_rows_rounded(const Update& u, float* table, const Summed* rows, i64 count, i64 w) {
   const i64 width = width_of<W>(w);
   RowState state(u, width);
+  state.step.stored.bytes = 0;
   for (i64 i = 0; i < count; i++) {
     const i64 row = rows[i].row;
     if (u.last) {
       catch_up<W>(u, table, row, u.step - 1, width);
       u.last[row] = i32(u.step);
     }
+    StoredRow<W> weights(u, table, row, width);
     state.read(u.rule, row, width);
     const Summed alone{0, rows[i].gradient};
-    update_rows<W>(state.step, table + row * width, &alone, 1, 0, width);
+    update_rows<W>(state.step, weights.read(), &alone, 1, 0, width);
+    weights.write(u.step);
     state.write(u.rule, row, width);
   }
 }
@@ -273,29 +334,19 @@ static void update_rows_rounded(const Update& u, float* table, const Summed* row
 template <int W, i64 AHEAD>
 static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w) {
   if (u.rule.number < 0) return hand_out<W>(u, rows, count, at, w);
-  if (u.rule.rounded) return update_rows_rounded<W>(u, table, rows, count, w);
   const i64 width = width_of<W>(w);
+  if (u.rule.rounded) return update_rows_rounded<common_width(W)>(u, table, rows, count, width);
+  if (u.stored.bytes) return update_stored_rows<common_width(W)>(u, table, rows, count, width);
   const float size = size_of(u, u.step), eps = epsilon_of(u, u.step), decay = float(u.decay);
   Rules::with(u.rule, [&](const auto& rule) {
-    using R = std::decay_t<decltype(rule)>;
     for (i64 i = 0; i < count; i++) {
       if (AHEAD && i + AHEAD < count) prefetch_state(u, table, rows[i + AHEAD].row, width);
-      const i64 row = rows[i].row, place = row * width;
-      float *weight = table + place, *g = rows[i].gradient;
+      const i64 row = rows[i].row;
       if (u.last) {
         catch_up<W>(u, table, row, u.step - 1, w);
         u.last[row] = i32(u.step);
       }
-      if (decay != 0)
-        blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(g + k, lanes.load(g + k) + lanes.load(weight + k) * decay); });
-      if constexpr (R::by_row) {
-        scale_row<W, R>(weight, g, rule.factors(u.rule, row, u.step, mean_square<W>(g, w), size, eps), width);
-      } else {
-        const float sized = rule.sized(u, row, size);
-        each_block<W, R>(u.rule, weight, place, width, [&](auto lanes, i64 k, typename decltype(lanes)::V& x, typename decltype(lanes)::V& a, typename decltype(lanes)::V& b) {
-          rule.run(lanes, lanes.load(g + k), x, a, b, sized, eps);
-        });
-      }
+      step_row<W>(u, rule, table + row * width, rows[i].gradient, row, size, eps, decay, w);
     }
   });
 }

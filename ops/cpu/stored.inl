@@ -29,6 +29,17 @@ struct Line {
   float scale, bias;
 };
 
+// Bits of a code, and bytes before the numbers of a row.
+static constexpr int bits_of(i64 kind) {
+  return kind == INT8 || kind == STEP_INT8 ? 8 : kind == INT2 ? 2 : 4;
+}
+static constexpr i64 head_of(i64 kind) {
+  return kind == FP8 ? 2 : kind == INT8 || kind == INT4 || kind == INT2 ? 4 : 0;
+}
+
+// Of rows that train: exact, and so the values q * step themselves, where the step is an fp16 number.
+static inline Line line_of_step(i64 kind, float step) { return {step, -float(1 << (bits_of(kind) - 1)) * step}; }
+
 #if RSE_FLOATS >= 8
 // The conversions below by hand, because GCC widens bytes to integers one by one.
 static inline Line line_of(i64 kind, const unsigned char* row) {
@@ -148,8 +159,8 @@ static inline typename Lanes<N>::V decoded(const unsigned char* row, i64 k, Line
       return f;
     }
     if (KIND == FP8) return fp8_to_float(row[2 + k]) * line.scale;
-    const unsigned char* codes = row + 4;
-    const int code = KIND == INT8 ? codes[k] : KIND == INT4 ? codes[k / 2] >> (4 * (k & 1)) & 15 : codes[k / 4] >> (2 * (k & 3)) & 3;
+    const unsigned char* codes = row + head_of(KIND);
+    const int code = bits_of(KIND) == 8 ? codes[k] : bits_of(KIND) == 4 ? codes[k / 2] >> (4 * (k & 1)) & 15 : codes[k / 4] >> (2 * (k & 3)) & 3;
     return float(code) * line.scale + line.bias;
   } else {
 #if RSE_FLOATS >= 8
@@ -157,9 +168,9 @@ static inline typename Lanes<N>::V decoded(const unsigned char* row, i64 k, Line
     if constexpr (KIND == FP16) return B::halves(row + 2 * k);
     else if constexpr (KIND == BF16) return B::brain_halves(row + 2 * k);
     else if constexpr (KIND == FP8) return B::eighths(row + 2 + k) * line.scale;
-    else if constexpr (KIND == INT8) return B::on_line(B::bytes(row + 4 + k), line);
-    else if constexpr (KIND == INT4) return B::nibbles(row + 4 + k / 2, line);
-    else return B::on_line(B::pairs(row + 4 + k / 4), line);
+    else if constexpr (bits_of(KIND) == 8) return B::on_line(B::bytes(row + head_of(KIND) + k), line);
+    else if constexpr (bits_of(KIND) == 4) return B::nibbles(row + head_of(KIND) + k / 2, line);
+    else return B::on_line(B::pairs(row + head_of(KIND) + k / 4), line);
 #endif
   }
 }
@@ -179,13 +190,18 @@ static inline __attribute__((always_inline)) void each_block(const unsigned char
 static inline bool has_line(i64 kind) { return kind >= INT8; }
 
 template <i64 KIND>
-static void decode_row_of(const unsigned char* row, i64 count, float* __restrict out) {
-  const Line line = has_line(KIND) ? line_of(KIND, row) : Line{1.f, 0.f};
-  each_block<KIND, 0>(row, count, line, [&](auto lanes, i64 k, auto v) { lanes.store(out + k, v); });
+static inline Line line_at(const unsigned char* row, float step) {
+  if (KIND >= STEP_INT8) return line_of_step(KIND, step);
+  return has_line(KIND) ? line_of(KIND, row) : Line{1.f, 0.f};
 }
 
-// `count` elements of a row at `from`.
-static void decode_row(i64 kind, const unsigned char* from, i64 count, float* __restrict out) {
+template <i64 KIND, int W = 0>
+static inline void decode_row_of(const unsigned char* row, i64 count, float* __restrict out, float step = 0.f) {
+  each_block<KIND, W>(row, count, line_at<KIND>(row, step), [&](auto lanes, i64 k, auto v) { lanes.store(out + k, v); });
+}
+
+// `count` elements of a row at `from`; `step` of STEP_INT8 and STEP_INT4.
+static void decode_row(i64 kind, const unsigned char* from, i64 count, float* __restrict out, float step = 0.f) {
   switch (kind) {
     case FP32: std::memcpy(out, from, count * sizeof(float)); return;
     case FP16: return decode_row_of<FP16>(from, count, out);
@@ -193,6 +209,8 @@ static void decode_row(i64 kind, const unsigned char* from, i64 count, float* __
     case INT8: return decode_row_of<INT8>(from, count, out);
     case INT4: return decode_row_of<INT4>(from, count, out);
     case INT2: return decode_row_of<INT2>(from, count, out);
+    case STEP_INT8: return decode_row_of<STEP_INT8>(from, count, out, step);
+    case STEP_INT4: return decode_row_of<STEP_INT4>(from, count, out, step);
     default: return decode_row_of<FP8>(from, count, out);
   }
 }
@@ -211,7 +229,7 @@ static void read_stored(const Group& g, const Found& found, i64 n, const Matrix&
     for (i64 j = 0; j < count; j++) {
       if (!rows[j]) continue;
       const unsigned char* row = reinterpret_cast<const unsigned char*>(rows[j]);
-      const Line line = has_line(KIND) ? line_of(KIND, row) : Line{1.f, 0.f};
+      const Line line = line_at<KIND>(row, g.step);
       each_block<KIND, W>(row, width, line, [&](auto lanes, i64 k, auto v) {
         if (!SINGLE) {
           if (g.factor) v *= factors[j];
@@ -245,6 +263,8 @@ static ReadStored choose_decoder(const Group& g) {
     case INT8: return decoder_of<INT8>(g);
     case INT4: return decoder_of<INT4>(g);
     case INT2: return decoder_of<INT2>(g);
+    case STEP_INT8: return decoder_of<STEP_INT8>(g);
+    case STEP_INT4: return decoder_of<STEP_INT4>(g);
     default: return decoder_of<FP8>(g);
   }
 }
@@ -253,6 +273,7 @@ static ReadStored choose_decoder(const Group& g) {
 static void gather_decoded(const Call& c, const RowLookup& p, i64 join, const i64* ids, const i32* rows, const float* factor,
                            i64 n, float* out, i64 stride) {
   const i64 kind = kind_of(c, p.storage), read = p.num_rows * p.width;
+  const float step = step_of(c, p.storage);
   // All rows are prefetched first: decoding one takes so many instructions that the processor does not reach the next.
   const i64 bytes = row_bytes(c, p.storage) * p.num_rows;
   for (i64 i = 0; i < n; i++)
@@ -270,8 +291,8 @@ static void gather_decoded(const Call& c, const RowLookup& p, i64 join, const i6
     }
     // A slice wraps around at the table's end; its rows are single elements.
     const i64 straight = p.num_rows > 1 ? std::min(p.num_rows, p.base + p.rows - rows[i]) : read;
-    decode_row(kind, stored_row(c, p.storage, rows[i]), straight, memory.data());
-    if (straight < read) decode_row(kind, stored_row(c, p.storage, p.base), read - straight, memory.data() + straight);
+    decode_row(kind, stored_row(c, p.storage, rows[i]), straight, memory.data(), step);
+    if (straight < read) decode_row(kind, stored_row(c, p.storage, p.base), read - straight, memory.data() + straight, step);
     if (read != p.span || (p.num_rows > 1 && p.has_sign)) {
       const float f = factor ? factor[i] : 1.f;
       for (i64 k = 0; k < p.span; k++) {

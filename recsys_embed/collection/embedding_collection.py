@@ -28,12 +28,13 @@ from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
 from recsys_embed.kernels.fused_gather import FusedGather
 from recsys_embed.kernels.id_checks import check_id_dtype, given_ids
 from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.low_precision_table import LowPrecisionTable
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.masks import Masking
 from recsys_embed.kernels.places import Gather, read_rows
 from recsys_embed.kernels.row_cache import RowCaches
-from recsys_embed.kernels.storage import stack_tables
+from recsys_embed.kernels.storage import formats_of, stack_tables
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.unseen_ids import UnseenCount
 from recsys_embed.optim import FusedOptimizer, unfused_parameters
@@ -108,7 +109,13 @@ class EmbeddingCollection(FusedTables):
         if kernels:
             _say_what_torch_runs(plan.gathered(schema), backend if by_name else None)
         shapes, places = stack_tables(tables)
-        super().__init__(shapes, optimizer, like.device, like.dtype, backend)
+        formats = formats_of(tables, places)
+        if formats and by_name and backend == "triton":
+            raise BackendError(
+                "backend 'triton' does not step rows that train in few bits (`quantization='lpt'`); use backend "
+                "'auto', 'native' or 'torch'"
+            )
+        super().__init__(shapes, optimizer, like.device, like.dtype, backend, formats, seed)
         self.schema, self.plan, self.seed, self.sparse = schema, plan, seed, sparse
         self.tables, self.places = tables, places
         # What a loaded export reads in place of its tables.
@@ -255,6 +262,11 @@ class EmbeddingCollection(FusedTables):
         Raises:
             IdRangeError: names the first feature with an unseen id that neither its ``unseen`` nor its method takes.
         """
+        if torch.compiler.is_compiling() and any(isinstance(t, LowPrecisionTable) for t in self._parameters.values()):
+            raise ConfigError(
+                "torch.compile and torch.export do not trace rows that train in few bits; leave the collection out "
+                "(torch.compiler.disable), or export() and load() the model, whose rows are plain tensors"
+            )
         stepping = self._stepping
         if not stepping:
             self._catch_up_before_reading()
@@ -362,12 +374,12 @@ class EmbeddingCollection(FusedTables):
 
     def footprint(self) -> Footprint:
         """Bytes held: weights, index buffers, optimizer state, and with ``optimizer=None`` the tables' gradients."""
-        weights = sum(p.numel() * p.element_size() for p in self.parameters())
+        weights = sum(p.nbytes for p in self.parameters())
         state = sum(getattr(self, f"{name}_{key}").nbytes for name, key in self._states())
         index = sum(store.nbytes for store in self.modules() if isinstance(store, IndexStore | RowCaches))
         gradient = sum(p.nbytes for p in unfused_parameters(self))
         served = sum((m.footprint() for m in self.modules() if isinstance(m, StoredTables)), Footprint())
-        unrounded = sum(size * table.elements - table.nbytes(size) for table, size in self._held_tables())
+        unrounded = sum(table.trained_bytes(size) - table.nbytes(size) for table, size in self._held_tables())
         return served + Footprint(weights - unrounded, index, state, gradient, unrounded)
 
     def _held_tables(self) -> Iterator[tuple[Table, int]]:

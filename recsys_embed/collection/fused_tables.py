@@ -19,6 +19,7 @@ from recsys_embed.collection.backward_steps import (
 from recsys_embed.collection.optimizer_watch import Backwards, watch
 from recsys_embed.collection.schedules import Schedules
 from recsys_embed.collection.tables_of_an_optimizer import TablesOfAnOptimizer, nobody
+from recsys_embed.core.row_format import RowFormat
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels import pointers
 from recsys_embed.kernels.fused_gather import apply_update
@@ -65,8 +66,10 @@ class FusedTables(TablesOfAnOptimizer):
         device: torch.device,
         dtype: torch.dtype,
         backend: str,
+        formats: Mapping[str, RowFormat] | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(shapes, optimizer, device, dtype, backend)
+        super().__init__(shapes, optimizer, device, dtype, backend, formats, seed)
         self.check_finite = False
         self._start_watching()
 

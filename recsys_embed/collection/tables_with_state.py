@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import sys
-import threading
 from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,10 +27,12 @@ from recsys_embed.collection.optimizer_state import (
     without_state,
 )
 from recsys_embed.collection.writes import note_writes, refuse_writes
+from recsys_embed.core.row_format import RowFormat
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.derivatives import catching_up
 from recsys_embed.kernels.gather_ops import catch_up_all
+from recsys_embed.kernels.low_precision_table import allocate_table, apply_apart, load_stored, save_stored
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native import row_steps
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
@@ -39,24 +40,8 @@ from recsys_embed.kernels.storage import allocate
 from recsys_embed.optim import FusedOptimizer, is_rate
 from recsys_embed.optim.state_format import copy_state, reset_state
 from recsys_embed.utils.deprecated import warn_renamed
+from recsys_embed.utils.lock import Lock as _Lock
 from recsys_embed.utils.types import JSON
-
-
-class _Lock:
-    """A reentrant lock; a copy or a pickle of it is a new one, not held."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Lock, ()
-
 
 # Modules of torch that list parameters without reading them.
 _READ_NO_VALUES = ("torch.nn.utils.clip_grad", "torch.nn.modules.module")
@@ -90,6 +75,8 @@ class TablesWithState(nn.Module):
         shapes: of each storage by name.
         optimizer: None leaves ordinary gradients.
         backend: ``"native"`` or another.
+        formats: of storages whose rows are stored in few bits.
+        seed: of the random bits with which these are rounded.
     """
 
     # Storages whose state `to_empty` has given memory that nothing has filled since.
@@ -104,15 +91,18 @@ class TablesWithState(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         backend: str,
+        formats: Mapping[str, RowFormat] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        formats = formats or {}
         self.optimizer, self.storages, self.backend = optimizer, tuple(shapes), backend
         for name, (rows, width) in shapes.items():
-            weight = allocate(rows, width, device, dtype)
+            weight = allocate_table(name, rows, width, device, dtype, formats.get(name), seed)
             self.register_parameter(name, nn.Parameter(weight))
-            formats = optimizer.formats if optimizer else {}
+            of_state = optimizer.formats if optimizer else {}
             for key, kind in optimizer.tensors.items() if optimizer else ():
-                state = allocate(rows, width if kind == "element" else 1, device, formats[key].dtype)
+                state = allocate(rows, width if kind == "element" else 1, device, of_state[key].dtype)
                 self.register_buffer(f"{name}_{key}", state, persistent=False)
         self._keys = tuple(optimizer.tensors) if optimizer else ()
         self._lr = optimizer.lr if optimizer else 0.0
@@ -150,7 +140,8 @@ class TablesWithState(nn.Module):
         if "to_empty" in getattr(fn, "__qualname__", ""):
             self._unfilled = frozenset(self.storages)
             self._start_logs()
-        super()._apply(fn, recurse)
+        with apply_apart(self, fn):
+            super()._apply(fn, recurse)
         self._own_parameters()
         for name, before in kept.items():
             moved = getattr(self, name)
@@ -346,6 +337,7 @@ class TablesWithState(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.catch_up_()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_stored(self, destination, prefix)
         if self.optimizer is None:
             return
         self._count_copied_steps()
@@ -400,6 +392,7 @@ class TablesWithState(nn.Module):
             version = metadata.get("version") if self._in_backward else 2
             states = {name: self._state(name) for name in self.storages}
             saved = take_state(state_dict, prefix, self.optimizer, states, version, lacking)
+        load_stored(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         self._own_parameters()
         if self.optimizer is not None and loaded:

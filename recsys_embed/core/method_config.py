@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from recsys_embed.core.footprint import Footprint, format_bytes, parse_bytes
 from recsys_embed.core.precision import Precision
 from recsys_embed.core.program import LookupProgram
+from recsys_embed.core.row_format import TRAINED, Quantization, Rounding
 from recsys_embed.errors import BudgetError, ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec
 from recsys_embed.utils.deprecated import warn_renamed
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from recsys_embed.planning.curves import FrequencyCurve
 
 __all__ = ["MethodConfig", "param"]
+
+
+_UNSAID = {"precision": "fp32", "quantization": "ptq", "rounding": "stochastic", "quantization_step": None}
+"""Options that files leave out at their defaults, as earlier versions did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,7 @@ class MethodConfig(ABC):
             studies choose it together with the size.
         plannable: whether the planner, comparisons and studies may size the method. False for methods whose contents
             a search finds.
+        has_own_precisions: whether options say the precision of each table, so that ``precision`` does not apply.
         renamed_options: present names of options by their names in earlier versions. The earlier ones are accepted
             with a DeprecationWarning, and silently when read from a file.
         renamed_values: the same for values of options, by the option's present name.
@@ -51,11 +57,19 @@ class MethodConfig(ABC):
     order_option: ClassVar[str | None] = None
     width_option: ClassVar[str | None] = None
     plannable: ClassVar[bool] = True
+    has_own_precisions: ClassVar[bool] = False
     renamed_options: ClassVar[Mapping[str, str]] = {}
     renamed_values: ClassVar[Mapping[str, Mapping[str, Option]]] = {}
 
     seed: int = param(0, "salts hashes and initial weights")
-    precision: Precision = param("fp32", "of rows in exported files; they train unrounded")
+    precision: Precision = param(
+        "fp32", "of rows in exported files; they train unrounded unless `quantization` says so"
+    )
+    quantization: Quantization = param(
+        "ptq", "how rows get to `precision`: rounded once trained, or stored in it while they train (lpt)"
+    )
+    rounding: Rounding = param("stochastic", "of updates of rows that train in `precision`")
+    quantization_step: float | None = param(None, "distance of two codes, for integers that train", above=0, high=256)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -77,8 +91,18 @@ class MethodConfig(ABC):
             faults.append(
                 f"method {self.method!r} needs vocabulary indices; the feature has raw 64-bit ids: use a hashing method"
             )
-        if self.precision != "fp32" and self.computes:
+        if self.precision != "fp32" and self.has_own_precisions:
+            faults.append(f"`precision` does not apply beside `precisions`, one per table; got {self.precision!r}")
+        elif self.precision != "fp32" and self.computes:
             faults.append(f"`precision` is for rows of tables, and these are computed; got {self.precision!r}")
+        option = "precisions" if self.has_own_precisions else "precision"
+        given = getattr(self, option) if self.has_own_precisions else (self.precision,)
+        untrained = [kind for kind in given if kind not in TRAINED]
+        if self.quantization != "ptq" and untrained:
+            faults.append(
+                f"`quantization={self.quantization!r}` stores rows at `{option}` while they train, one of "
+                f"{', '.join(TRAINED)}; got {untrained[0]!r}"
+            )
         return faults
 
     @abstractmethod
@@ -97,11 +121,18 @@ class MethodConfig(ABC):
         if not isinstance(program, LookupProgram):
             raise ConfigError(f"`build_program` must return a LookupProgram; got {program!r:.80} ({where})")
         raise_faults(program.faults() or program.reach_faults(spec.num_ids), where)
-        return program.at_precision(self.precision)
+        return self._stored(program)
 
     def unchecked_program(self, spec: FeatureSpec) -> LookupProgram:
         """As :meth:`program`, for configurations that are known to suit the feature: several times as fast."""
-        return self.build_program(spec).at_precision(self.precision)
+        return self._stored(self.build_program(spec))
+
+    def _stored(self, program: LookupProgram) -> LookupProgram:
+        """The program with its rows as they are served, and stored while they train."""
+        program = program if self.precision == "fp32" else program.at_precision(self.precision)
+        if self.quantization == "ptq":
+            return program
+        return program.trained(self.quantization_step, self.rounding)
 
     @property
     def computes(self) -> bool:
@@ -281,10 +312,11 @@ class MethodConfig(ABC):
         self.__dict__.update(self.current_options(state, warn=False))
 
     def to_dict(self) -> JSON:
-        """JSON-ready: the method key and every field, without a precision that rounds nothing."""
+        """JSON-ready: the method key and every field, without those of rounding where nothing is rounded."""
         values = {"method": self.method, **asdict(self)}
-        if self.precision == "fp32":
-            del values["precision"]
+        for name, default in _UNSAID.items():
+            if values[name] == default:
+                del values[name]
         return values
 
     @classmethod

@@ -114,10 +114,13 @@ class Layout:
         """Bytes of a table of ``rows`` rows."""
         return self.stored_rows(rows) * self.row_bytes
 
-    def encode(self, values: Tensor, search: Search = "minmax") -> Tensor:
+    def encode(self, values: Tensor, search: Search = "minmax", step: float | None = None) -> Tensor:
         """Stored rows of ``values [n, width]``: ``[stored_rows(n), items]``.
 
         The last block is padded with copies of its last row.
+
+        Args:
+            step: of integers that were trained at one, whose codes are kept.
         """
         if not self.scaled:
             return values.to(self.dtype)
@@ -125,6 +128,8 @@ class Layout:
         if self.block > 1:
             missing = self.stored_rows(len(flat)) * self.block - len(flat)
             flat = torch.cat([flat, flat[-1:].expand(missing, -1)]).view(-1, self.block * self.width)
+        if self.bits is not None and step:
+            return at_step(flat, self.bits, step)
         return to_fp8(flat) if self.bits is None else quantise(flat, self.bits, search)
 
     def decode(self, stored: Tensor) -> Tensor:
@@ -228,7 +233,24 @@ def quantise(values: Tensor, bits: int, search: Search = "minmax") -> Tensor:
         found = [_least_squares(values, *start, levels) for start in ((scale, bias), _grid(low, high, levels))]
         errors = [_squared_error(values, *line, levels) for line in found]
         scale, bias = (torch.where(errors[1] < errors[0], b, a) for a, b in zip(*found, strict=True))
-    codes = _codes(values, scale, bias, levels).to(torch.uint8)
+    return _packed(_codes(values, scale, bias, levels), bits, scale, bias)
+
+
+def at_step(values: Tensor, bits: int, step: float) -> Tensor:
+    """As :func:`quantise`, for values that are multiples of a step: code ``q + 2**(bits - 1)`` of ``q * step``.
+
+    >>> rows = torch.tensor([[-1.0, 0.25, 0.0, 1.75]])
+    >>> dequantise(at_step(rows, 4, 0.25), 4, 4).tolist()
+    [[-1.0, 0.25, 0.0, 1.75]]
+    """
+    scale = torch.full((len(values), 1), step, device=values.device)
+    bias = scale * -(1 << (bits - 1))
+    return _packed(_codes(values, scale, bias, (1 << bits) - 1), bits, scale, bias)
+
+
+def _packed(numbers: Tensor, bits: int, scale: Tensor, bias: Tensor) -> Tensor:
+    """Codes behind their scale and bias."""
+    codes = numbers.to(torch.uint8)
     per = 8 // bits
     if per > 1:
         codes = F.pad(codes, (0, -codes.shape[1] % per)).view(len(codes), -1, per)

@@ -21,6 +21,7 @@ from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.heads import Head, PooledCombination, Projection
 from recsys_embed.core.index import Index
 from recsys_embed.core.precision import matrix_bytes, table_bytes
+from recsys_embed.core.row_format import Rounding, RowFormat
 from recsys_embed.core.transforms import Hash, MixedRadixDigit, Murmur, RankInSet, Sharing, Transform
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import MAX_ROWS, FeatureSpec
@@ -72,12 +73,21 @@ class Initializer:
         distribution, scale = spec.initial_distribution()
         return cls(distribution, scale * factor)
 
+    @property
+    def reach(self) -> float:
+        """Size that nearly all weights stay within: four standard deviations."""
+        return abs(self.loc) + self.scale * (4 if self.distribution == "normal" else 1)
+
     def fill_(self, out: Tensor, seed: int) -> Tensor:
         """Fill ``out`` in place; values only depend on ``seed`` and the shape, not on device or threads."""
         if out.is_meta:
             return out
         if self.distribution == "constant":
             return out.fill_(self.loc)
+        if hasattr(out, "fill_from"):  # rows that train in few bits are written by pieces
+            draws, width = _Elements(self.stream(out.numel(), seed)), out.shape[1]
+            out.fill_from(lambda _, count: draws.next(count * width).view(count, width), stochastic=True)
+            return out
         held, at = held_part(out)
         flat = held.view(-1)
         for draw in self.stream(out.numel(), seed):
@@ -100,6 +110,21 @@ class Initializer:
             else:
                 draw.normal_(0.0, self.scale, generator=generator)
             yield draw.add_(self.loc) if self.loc else draw
+
+
+class _Elements:
+    """Pieces of a stream of elements, of the sizes that are asked for."""
+
+    def __init__(self, stream: Iterator[Tensor]) -> None:
+        self._stream, self._rest = stream, torch.empty(0)
+
+    def next(self, count: int) -> Tensor:
+        parts = [self._rest]
+        while sum(len(p) for p in parts) < count:
+            parts.append(next(self._stream))
+        whole = torch.cat(parts)
+        self._rest = whole[count:]
+        return whole[:count]
 
 
 def held_part(out: Any) -> tuple[Tensor, int]:
@@ -125,7 +150,7 @@ class Table:
 
     ``shared``: programs of several features that name the same table share its rows. A ``dense`` table is a parameter
     of a head and is never read by row; its rows may be tensors of shape ``inner``. ``precision`` is that of its numbers
-    once they are served.
+    once they are served; ``training`` how its rows are stored while they train, None: as floats.
     """
 
     name: str
@@ -136,6 +161,7 @@ class Table:
     dense: bool = False
     inner: tuple[int, ...] | None = None
     precision: str = "fp32"
+    training: RowFormat | None = None
 
     @property
     def elements(self) -> int:
@@ -153,6 +179,10 @@ class Table:
         if self.dense:
             return min(itemsize * self.elements, matrix_bytes(self.elements, self.precision))
         return table_bytes(self.rows, self.width, self.precision)
+
+    def trained_bytes(self, itemsize: int = 4) -> int:
+        """Bytes of the table while it trains."""
+        return itemsize * self.elements if self.training is None else self.rows * self.training.row_bytes(self.width)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -287,7 +317,7 @@ class LookupProgram:
     def footprint(self, itemsize: int = 4) -> Footprint:
         """Bytes of the program's own tables at ``itemsize`` bytes per element, and of its index arrays."""
         weights = sum(t.nbytes(itemsize) for t in self.tables)
-        held = itemsize * sum(t.elements for t in self.tables)
+        held = sum(t.trained_bytes(itemsize) for t in self.tables)
         index = sum(index.nbytes for index in self.indexes)
         return Footprint(weights=weights, index=index, unrounded=held - weights)
 
@@ -299,6 +329,16 @@ class LookupProgram:
         return replace(
             self, tables=tuple(replace(t, precision=of_heads if t.dense else precision) for t in self.tables)
         )
+
+    def trained(self, step: float | None = None, rounding: Rounding = "stochastic") -> LookupProgram:
+        """The same program with rows that are stored at the precisions of their tables while they train."""
+
+        def trained(table: Table) -> Table:
+            format = RowFormat.of(table.precision, table.width, table.init.reach, step, rounding)
+            # Served as they train: narrow rows, too, which train as 16-bit floats.
+            return replace(table, training=format, precision=format.kind)
+
+        return replace(self, tables=tuple(t if t.dense else trained(t) for t in self.tables))
 
     def reach_faults(self, ids: int) -> list[str]:
         """Faults of tables with fewer rows than ids in ``[0, ids)`` can reach; if that is unknown, lookups check."""

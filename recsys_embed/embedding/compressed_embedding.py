@@ -21,6 +21,7 @@ from recsys_embed.features import FeatureSpec, Unseen
 from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
 from recsys_embed.kernels.distinct_ids import DistinctIds, distinct_ids
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
+from recsys_embed.kernels.low_precision_table import new_table
 from recsys_embed.kernels.native.autograd import SingleLookup
 from recsys_embed.kernels.native.lookup import reads, runs_on
 from recsys_embed.kernels.native.records import supported
@@ -133,8 +134,8 @@ class CompressedEmbedding(ModuleTables):
             if shared is not None and table.name in shared.values:
                 self.register_parameter(table.name, shared.take(table, f"{type(self).__name__} {name!r}"))
                 continue
-            empty = torch.empty(table.shape, device=device, dtype=dtype)
-            self.register_parameter(table.name, nn.Parameter(empty))
+            where = None if device is None else torch.device(device)
+            self.register_parameter(table.name, nn.Parameter(new_table(table, self.config.seed, where, dtype)))
         places = {t.name: Place(t.name, 0) for t in self.program.tables}
         with torch.device(self._device()):
             self.unseen = UnseenIds([self.spec], [self.config.accepts_raw])

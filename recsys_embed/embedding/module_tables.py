@@ -21,6 +21,7 @@ from recsys_embed.embedding.stored_parameters import StoredParameters
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec, spec_to_dict
 from recsys_embed.kernels.hidden_buffers import HiddenBuffers
+from recsys_embed.kernels.low_precision_table import apply_apart, load_stored, save_stored
 from recsys_embed.kernels.recording import refuse_scripting
 from recsys_embed.kernels.row_cache import RowCaches
 from recsys_embed.kernels.stored_tables import StoredTables
@@ -248,7 +249,8 @@ class ModuleTables(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._parameters)
-        super()._apply(fn, recurse)
+        with apply_apart(self, fn):
+            super()._apply(fn, recurse)
         self._reunite(before)
         return self
 
@@ -300,6 +302,10 @@ class ModuleTables(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to restore: the comparison comes before any weight is copied."""
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_stored(self, destination, prefix)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         marker = state_dict.get(prefix + "weight")
         if isinstance(marker, Tensor) and marker.shape == (0,):
@@ -314,6 +320,7 @@ class ModuleTables(nn.Module):
             _check_identity(
                 self._identity(), where, "_extra_state", state_dict[prefix + "_extra_state"], self._upgraded
             )
+        load_stored(self, state_dict, prefix)
         errors, before, held = args[-1], len(args[-1]), dict(self._parameters)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._reunite(held)

@@ -11,6 +11,7 @@ from torch import nn
 from recsys_embed.core import hashing
 from recsys_embed.core.program import Table
 from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.low_precision_table import new_table
 
 
 class SharedTables:
@@ -41,7 +42,8 @@ class SharedTables:
     ) -> None:
         self.values: dict[str, nn.Parameter] = {}
         for table in tables:
-            values = nn.Parameter(torch.empty(table.rows, table.width, device=device, dtype=dtype))
+            where = None if device is None else torch.device(device)
+            values = nn.Parameter(new_table(table, seed, where, dtype))
             with torch.no_grad():
                 table.init.fill_(values, hashing.salt(seed, "init", table.name))
             self.values[table.name] = values

@@ -20,6 +20,7 @@ from recsys_embed.exports.file_format import NAMES
 from recsys_embed.exports.served_modules import ADDED, ModuleItem, build_module, plain_spec
 from recsys_embed.features import spec_to_dict
 from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
+from recsys_embed.kernels.low_precision_table import LowPrecisionTable
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.methods.full import FullConfig
 from recsys_embed.plan import Plan
@@ -54,10 +55,18 @@ class Storage:
     def width(self) -> int:
         return self.source.width if isinstance(self.source, Stored) else int(self.source.shape[1])
 
+    def step_of(self, precision: str) -> float | None:
+        """The step of its integers, where they were trained at this precision."""
+        if isinstance(self.source, LowPrecisionTable) and self.source.format.kind == precision:
+            return self.source.format.step or None
+        return None
+
     def read(self, start: int, stop: int) -> Tensor:
         """Rows ``[start, stop)`` as lookups see them, on the CPU."""
         if isinstance(self.source, Stored):
             return self.source.dense(start, stop - start).cpu()
+        if isinstance(self.source, LowPrecisionTable):
+            return self.source.rows(start, stop).cpu()
         rows = self.source.detach()[start:stop].cpu()
         if self.renorm is not None:
             # As nn.Embedding does in place to the rows that it reads.

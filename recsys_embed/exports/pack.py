@@ -67,6 +67,7 @@ class Packed:
         part: the one chosen of ``candidates``: everything, the used rows, the used rows and columns.
         read: rows ``[start, stop)`` of the table, on the CPU.
         used: mask of the rows that are not zero, or of one row where all are.
+        step: at which its integers were trained.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Packed:
     read: Read
     used: Tensor
     candidates: tuple[Part, Part, Part]
+    step: float | None = None
     error: RoundingError = field(default_factory=RoundingError)
 
     @property
@@ -97,7 +99,7 @@ class Packed:
         columns = None if self.part.columns is None else torch.tensor(self.part.columns)
         for values in self._kept_rows(layout.block):
             values = values if columns is None else values[:, columns]
-            stored = layout.encode(values, search).contiguous()
+            stored = layout.encode(values, search, self.step).contiguous()
             exact = layout.dtype == values.dtype
             self.error.add(values, values if exact else layout.decode(stored)[: len(values)])
             yield stored

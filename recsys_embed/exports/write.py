@@ -203,6 +203,7 @@ class _Writer:
             for name, rows in storage.tables:
                 read = _reader(storage, start)
                 packed, wrong = inspect_table(name, read, rows, storage.width, storage.dtype, precision, prune)
+                packed.step = storage.step_of(precision)
                 tables.append(packed)
                 faults += wrong
                 start += rows

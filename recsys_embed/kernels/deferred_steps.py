@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from recsys_embed.kernels.low_precision_table import LowPrecisionTable
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.optim.state_format import rounded_state
 
@@ -111,11 +112,15 @@ def catch_up(
             moved = optimizer.checked_update(
                 w[:count], w[:count] * optimizer.weight_decay, part, log.rates[t - log.first - 1], t
             )
-            w[:count] = moved
+            # Rows of few bits are rounded in each step, whether it was deferred or not.
+            w[:count] = weight.after_step(picked[:count], moved, t) if isinstance(weight, LowPrecisionTable) else moved
             part = rounded_state(optimizer, part, picked[:count], log.seed, t)
             for name, values in own.items():
                 values[:count] = part[name]
-        weight[picked] = w.to(weight.dtype)
+        if isinstance(weight, LowPrecisionTable):
+            weight.write(picked, w)
+        else:
+            weight[picked] = w.to(weight.dtype)
         for name, values in own.items():
             state[name][picked] = formats[name].encoded(values, None)  # as they are: each step has rounded them
         state["last"][picked] = step

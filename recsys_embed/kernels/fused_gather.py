@@ -10,6 +10,7 @@ from torch.autograd import Function
 
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.derivatives import needs_torch_gradients, refuse_further_derivatives
+from recsys_embed.kernels.low_precision_table import step_rows
 from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer, RowGradient, sum_duplicates
 from recsys_embed.optim.state_format import read_state, write_state
@@ -103,5 +104,5 @@ def apply_update(
     before = weight.index_select(0, touched).to(work)
     if optimizer.weight_decay:
         sums = sums.add(before, alpha=optimizer.weight_decay)
-    weight[touched] = optimizer.checked_update(before, sums, picked, log.rates[-1], log.step).to(weight.dtype)
+    step_rows(weight, touched, optimizer.checked_update(before, sums, picked, log.rates[-1], log.step), log.step)
     write_state(optimizer, state, touched, picked, log.seed, log.step)

@@ -16,6 +16,7 @@ _WAYS = 8
 _FREE = torch.iinfo(torch.int64).min  # no id: those of hashing methods are any others
 _ROUNDS = 4
 _ODD = (-7046029254386353131, -4417276706812531889)  # 64-bit constants of a multiplicative hash
+_FIRST, _EVERY = 64, 4  # lookups that are all learned from, and which of later ones: learning takes longer than reading
 _AGE = 16  # lookups per place after which counts are halved
 
 
@@ -65,7 +66,7 @@ class RowCache:
         """Forget everything."""
         with self._lock:
             self._rows: Tensor | None = None
-            self._hits = self._misses = self._asked = 0
+            self._hits = self._misses = self._asked = self._calls = 0
 
     @property
     def nbytes(self) -> int:
@@ -91,21 +92,24 @@ class RowCache:
         """
         found, places, times = torch.unique(ids, return_inverse=True, return_counts=True)
         with self._lock:
+            learns = self._calls < _FIRST or self._calls % _EVERY == 0
+            self._calls += 1
             if self._rows is None or self._rows.device != found.device:
                 hit, held = torch.zeros_like(found, dtype=torch.bool), None
             else:
-                self._count(found, times)
                 slots, hit = self._find(found)
                 slots = slots[hit]
                 held = self._rows.index_select(0, slots)
-                self._uses[slots] += times[hit].int()
+                if learns:
+                    self._count(found, times)
+                    self._uses[slots] += times[hit].int()
             known = int(hit.sum())
             self._hits, self._misses = self._hits + known, self._misses + found.numel() - known
         if held is not None and known == found.numel():
             return held.index_select(0, places)
         missing = found if known == 0 else found[~hit]
         rows = compute(missing)
-        if not rows.requires_grad and rows.dtype == torch.float32:
+        if learns and not rows.requires_grad and rows.dtype == torch.float32:
             with self._lock:
                 self._keep(missing, rows, times[~hit])
         if held is not None and known:

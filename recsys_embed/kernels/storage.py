@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core.program import Table
+from recsys_embed.core.row_format import RowFormat
 from recsys_embed.features import MAX_ROWS
 from recsys_embed.kernels.places import Place
 from recsys_embed.kernels.pointers import memory_of
@@ -34,14 +35,17 @@ def stack_tables(tables: Mapping[str, Table]) -> tuple[dict[str, tuple[int, int]
     """
     shapes: dict[str, tuple[int, int]] = {}
     places: dict[str, Place] = {}
-    current: dict[tuple[int, str], str] = {}
+    current: dict[tuple[int, str, RowFormat | None], str] = {}
     for key, table in tables.items():
         if table.dense:
             continue
-        kind = table.width, table.precision
+        kind = table.width, table.precision, table.training
         # Names of optimizer state begin with that of the storage.
         base = ("" if table.precision == "fp32" else f"{table.precision}_") + f"width{table.width}"
-        name = current.setdefault(kind, base)
+        if table.training is not None:
+            base += "_lpt"
+        # Of formats that differ in their step or rounding, later ones are numbered.
+        name = current.setdefault(kind, base if base not in shapes else f"{base}_{len(shapes)}")
         rows = shapes.get(name, (0, 0))[0]
         if rows + table.rows > MAX_ROWS:
             name = current[kind] = f"{base}_{len(shapes)}"
@@ -49,6 +53,11 @@ def stack_tables(tables: Mapping[str, Table]) -> tuple[dict[str, tuple[int, int]
         places[key] = Place(name, rows)
         shapes[name] = (rows + table.rows, table.width)
     return shapes, places
+
+
+def formats_of(tables: Mapping[str, Table], places: Mapping[str, Place]) -> dict[str, RowFormat]:
+    """The formats of the storages that train in few bits, by name."""
+    return {places[key].storage: t.training for key, t in tables.items() if key in places and t.training is not None}
 
 
 def advise_huge_pages(tensor: Tensor) -> bool:

@@ -19,6 +19,7 @@ from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.data_parallel import prepare_data_parallel
 from recsys_embed.kernels.derivatives import have_tangents, transformed
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
+from recsys_embed.kernels.low_precision_table import LowPrecisionTable
 from recsys_embed.kernels.pooling import pool_vectors
 from recsys_embed.kernels.recording import recording
 from recsys_embed.kernels.unseen_ids import with_unseen_row
@@ -69,7 +70,7 @@ class FullEmbedding(CompressedEmbedding):
                 held, first = held_part(self.table("weight"))
                 row = self.padding_idx + first // self.embedding_dim
                 if 0 <= row < len(held):
-                    held[row] = 0.0
+                    held[row : row + 1] = 0.0
 
     def forward(
         self, input: IdValues, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
@@ -83,8 +84,10 @@ class FullEmbedding(CompressedEmbedding):
             prepare_data_parallel()
         policy = self._policy
         hashes = policy.actions[0] == "hash"
-        if self.served is not None or policy.zeros[0] or (hashes and self.padding_idx is not None):
-            # Torch cannot represent a missing row, and takes an unseen id that hashes to the padding row for padding.
+        narrow = isinstance(self._parameters.get("weight"), LowPrecisionTable) and self.max_norm is None
+        if self.served is not None or policy.zeros[0] or (hashes and self.padding_idx is not None) or narrow:
+            # Torch cannot represent a missing row, takes an unseen id that hashes to the padding row for padding, and
+            # would decode a whole table of few bits.
             return super().forward(input, offsets, per_sample_weights)
         weight = self.table("weight")  # once: to compute it may change it, as a spectral norm's estimate does
         pools_alone = self.mode is not None and self.max_norm is None and not self.scale_grad_by_freq

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from recsys_embed.optim.base import FusedOptimizer
+from recsys_embed.optim.base import FusedOptimizer, mean_square
 from recsys_embed.optim.registry import register_rule
 
 
@@ -54,5 +55,8 @@ class RowwiseAdagrad(FusedOptimizer):
     decays_without_gradient: ClassVar[bool] = False
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:
-        state["sum"] = state["sum"] + grad.square().mean(-1, keepdim=True)
-        return weight.addcdiv(grad, state["sum"].sqrt().add_(self.eps), value=-lr)
+        # In the kernels' order, so that rows of few bits are rounded alike.
+        state["sum"] = state["sum"] + mean_square(grad)
+        # Torch's square root of float32 may be off by the last bit, that of float64 is not once it is rounded.
+        root = state["sum"].double().sqrt().to(grad.dtype).add_(self.eps)
+        return weight - grad * (torch.full_like(root, lr) / root)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from recsys_embed.core.precision import Precision
@@ -29,11 +29,13 @@ class Candidate:
         info: the method.
         params: its options; None means the method's defaults.
         precision: of its rows once they are served; options may say another.
+        menu: precisions that a method may use which stores ids at several; all if empty.
     """
 
     info: MethodInfo
     params: JSONMapping | None = None
     precision: Precision = "fp32"
+    menu: tuple[Precision, ...] = ()
 
     @property
     def name(self) -> str:
@@ -44,7 +46,9 @@ class Candidate:
         if self.params is not None:
             return [self]
         variants = self.info.config_cls.planning_variants(spec, curve)
-        return [Candidate(self.info, dict(params), self.precision) for params in variants]
+        if self.menu:
+            variants = [v for v in variants if set(v["precisions"]) <= set(self.menu)]
+        return [replace(self, params=dict(params)) for params in variants]
 
 
 def candidate_methods(methods: Methods | None, precisions: Sequence[Precision] = ("fp32",)) -> list[Candidate]:
@@ -58,7 +62,7 @@ def candidate_methods(methods: Methods | None, precisions: Sequence[Precision] =
         UnknownNameError: no such method.
         ConfigError: nothing to choose from.
     """
-    known = [m.name for m in list_methods()]
+    known, named = [m.name for m in list_methods()], methods is not None
     if methods is None:
         methods = [m.name for m in list_methods() if m.config_cls.plannable]
     if isinstance(methods, str):
@@ -77,6 +81,11 @@ def candidate_methods(methods: Methods | None, precisions: Sequence[Precision] =
             raise ConfigError(f"options of a method in `methods` must be a mapping; got {given!r:.80} ({name!r})")
         info = get_method(name)
         params = info.config_cls.current_options(given) if given else None
+        if info.config_cls.has_own_precisions:
+            # Where rows are to have one precision, such a method is a candidate only if it is asked for.
+            menu = tuple(precisions) if len(precisions) > 1 else ()
+            found += [Candidate(info, params, menu=menu)] if menu or named else []
+            continue
         fixed: Sequence[Precision] = ("fp32",) if params is not None and "precision" in params else precisions
         found += [Candidate(info, params, p) for p in fixed]
     return found

@@ -9,7 +9,7 @@ to its bytes afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
 
@@ -46,6 +46,7 @@ class OptionEnumerator:
     def __init__(self, context: PlanningContext) -> None:
         self.context = context
         self._made: dict[object, FeatureOptions] = {}
+        self._at_first_precision: dict[tuple[str, int], list[tuple[ResizableMethod, dict[int, SizedMethod]]]] = {}
 
     def enumerate(self, spec: FeatureSpec, terms: CurveTerms, weight: float, unordered: str | None) -> FeatureOptions:
         """Options of ``spec``.
@@ -97,6 +98,7 @@ class OptionEnumerator:
         option: str | None,
     ) -> None:
         found: list[tuple[ResizableMethod, dict[int, SizedMethod]]] = []
+        self._at_first_precision.clear()
         for candidate in self.context.candidates:
             name = candidate.name
             if name in barred or (pin is not None and name != pin):
@@ -106,22 +108,43 @@ class OptionEnumerator:
                 feature.refused[name] = f"it does not support the `{option}` of the model's table"
                 continue
             try:
-                variants = (
-                    candidate.variants(feature.spec, feature.terms.curve) if self.context.variants else [candidate]
-                )
-                if candidate.params is None and feature.spec.name in self.context.equal_row_widths:
-                    variants = [v for v in variants if not self._mixes_widths(v, feature)]
-                    if not variants:
-                        feature.refused[name] = "its ids have rows of several widths, which no network brings together"
-                for variant in variants:
-                    resizable = ResizableMethod(variant, feature.spec, feature.terms, self.context.costs)
-                    kept = self._grid(feature, candidate, resizable, unordered)
+                for resizable, kept in self._variants(feature, candidate, unordered):
                     found += [(resizable, kept)] if kept else []
             except ConfigError as e:
                 feature.refused[name] = str(e)
         used = {resizable.name for resizable, _ in found} | {j.candidate.name for j in feature.shared if j.candidate}
         feature.refused = {name: why for name, why in feature.refused.items() if name not in used}
         self._refine(feature, found)
+
+    def _variants(
+        self, feature: FeatureOptions, candidate: Candidate, unordered: str | None
+    ) -> Iterator[tuple[ResizableMethod, dict[int, SizedMethod]]]:
+        """A candidate with each set of options, at the sizes of a coarse grid; other precisions use the same grid."""
+        spec, terms, costs = feature.spec, feature.terms, self.context.costs
+        method = candidate.name, id(candidate.params)
+        first = self._at_first_precision.get(method)
+        if first is not None:
+            for resizable, kept in first:
+                rounded = replace(resizable.candidate, precision=candidate.precision)
+                one = ResizableMethod(rounded, spec, terms, costs, resizable)
+                yield one, {size: one.rounded(at) for size, at in kept.items()}
+            return
+        variants = candidate.variants(spec, terms.curve) if self.context.variants else [candidate]
+        if candidate.params is None and spec.name in self.context.equal_row_widths:
+            variants = [v for v in variants if not self._mixes_widths(v, feature)]
+            if not variants:
+                feature.refused[candidate.name] = (
+                    "its ids have rows of several widths, which no network brings together"
+                )
+        made = []
+        for variant in variants:
+            resizable = ResizableMethod(variant, spec, terms, costs)
+            made.append((resizable, self._grid(feature, candidate, resizable, unordered)))
+            yield made[-1]
+        # Rows that train in few bits are laid out by their own rules.
+        trains = "quantization" in (candidate.params or {})
+        if not trains and not any(s.candidate is candidate for s in feature.shared):
+            self._at_first_precision[method] = made
 
     def _grid(
         self, feature: FeatureOptions, candidate: Candidate, resizable: ResizableMethod, unordered: str | None

@@ -135,7 +135,7 @@ class ColumnSpan(NamedTuple):
         table: name of the table where features share it, else None.
         reads: rows of that table that an id reads for these columns.
         rounded: share of the signal that rows keep at the precision of the table, see
-            :mod:`recsys_embed.planning.rounding`.
+            :mod:`recsys_embed.planning.rounding`; [B] where ids have rows of several precisions.
     """
 
     private: Floats
@@ -145,7 +145,7 @@ class ColumnSpan(NamedTuple):
     power: float
     table: str | None
     reads: float = 1.0
-    rounded: float = 1.0
+    rounded: float | Floats = 1.0
 
 
 def sharing(transform: Transform, table: Table, terms: CurveTerms) -> tuple[Floats, Floats, float]:
@@ -188,7 +188,8 @@ def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
         if row_lookup.weight is not None and not terms.without_network:
             weights = tables[row_lookup.weight.table]
             own, rest, rows = sharing(row_lookup.weight.transform, weights, terms)
-            found.append(ColumnSpan(own, rest, rows, 1, 1.0, weights.name if weights.shared else None))
+            rounded = signal_kept(weights, terms.without_network)
+            found.append(ColumnSpan(own, rest, rows, 1, 1.0, weights.name if weights.shared else None, rounded=rounded))
     for members in groups.values():
         found.append(members[0][1] if len(members) == 1 else _together(members, power))
     return found
@@ -209,7 +210,12 @@ def _together(members: Sequence[tuple[str, ColumnSpan]], power: float) -> Column
     rows = sum({table: m.rows for table, m in sharers}.values()) or 1
     name = next((m.table for _, m in sharers if m.table), None)
     power = power if len(sharers) > 1 else 1.0
-    rounded = min(m.rounded for _, m in members)
+    kept = [m.rounded for _, m in members]
+    rounded: float | Floats = min(kept)
+    if not sharers and rounded != max(kept):
+        # Ids have rows in tables of several precisions.
+        parts = np.stack([m.private for _, m in members])
+        rounded = (parts * np.array(kept)[:, None]).sum(0) / np.maximum(parts.sum(0), 1e-300)
     return ColumnSpan(own, rest, rows, members[0][1].width, power, name, rounded=rounded)
 
 
@@ -243,8 +249,12 @@ def estimate_loss(
     kept = terms.kept(rows, shared, beside)[where]
     power = np.array([f.power for f in flat])[:, None]
     keep = np.stack([f.private for f in flat]) + np.stack([f.shared for f in flat]) * kept**power
-    carried = np.array([f.rounded for f in flat]) * (1 - np.exp(-np.array([f.width for f in flat]) / tau))
-    lost = np.multiply.reduceat(1 - keep * carried[:, None], places, axis=0)
+    carried: Floats = (1 - np.exp(-np.array([f.width for f in flat]) / tau))[:, None]
+    if any(isinstance(f.rounded, np.ndarray) for f in flat):
+        carried = carried * np.stack([np.broadcast_to(f.rounded, len(terms.value)) for f in flat])
+    else:
+        carried = carried * np.array([f.rounded for f in flat])[:, None]
+    lost = np.multiply.reduceat(1 - keep * carried, places, axis=0)
     floor = np.exp(-dim / tau)
     lost = np.clip((lost - floor) / (1 - floor), 0.0, 1.0)
     # Rounding errors must not order programs that lose nothing.

@@ -10,12 +10,14 @@ import numpy as np
 
 from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import LookupProgram
+from recsys_embed.errors import raise_faults
 from recsys_embed.features import FeatureSpec
 from recsys_embed.planning.candidates import Candidate
 from recsys_embed.planning.costs import Costs
 from recsys_embed.planning.knapsack import Choices, Ints
 from recsys_embed.planning.limits import Limits
 from recsys_embed.planning.loss_estimate import ColumnSpan, CurveTerms, column_spans
+from recsys_embed.planning.rounding import signal_kept
 
 FULL = "full"
 TINY_PENALTY = 0.05
@@ -69,12 +71,25 @@ class SizedMethod(NamedTuple):
 
 
 class ResizableMethod:
-    """A candidate method for one feature, at any size."""
+    """A candidate method for one feature, at any size.
 
-    def __init__(self, candidate: Candidate, spec: FeatureSpec, terms: CurveTerms, costs: Costs) -> None:
+    Args:
+        other: the same method at another precision. What it finds at a size is taken from there, since precisions
+            differ in bytes and losses only.
+    """
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        spec: FeatureSpec,
+        terms: CurveTerms,
+        costs: Costs,
+        other: ResizableMethod | None = None,
+    ) -> None:
         self.candidate, self.spec, self.terms, self.costs = candidate, spec, terms, costs
         self.cls = candidate.info.config_cls
         self.params = params_of(candidate, terms.curve.ranked)
+        self._other = other
         self._checked = False
 
     @property
@@ -91,11 +106,35 @@ class ResizableMethod:
         Raises:
             ConfigError: it does not suit the feature.
         """
+        if self._other is not None:
+            return self.rounded(self._other.at(size))
         config = self.cls.sized(self.spec, size, **self.params)
         # Checking every size would take half of the time; the chosen configurations are checked with the plan.
         program = config.unchecked_program(self.spec) if self._checked else config.program(self.spec)
         self._checked = True
         return sized_method(config, program, self.spec, self.terms, self.costs, size)
+
+    def rounded(self, found: SizedMethod) -> SizedMethod:
+        """What the method at another precision found, at this one.
+
+        Raises:
+            ConfigError: the method has no rows to round.
+        """
+        precision = self.candidate.precision
+        # Copied, because to check its options again would take as long as to find the size.
+        config: MethodConfig = object.__new__(type(found.config))
+        config.__dict__.update(found.config.__dict__, precision=precision)
+        if not self._checked:
+            raise_faults(config.check(self.spec), f"{type(config).__name__}, feature {self.spec.name!r}")
+            self._checked = True
+        program = found.program.at_precision(precision)
+        kept = {signal_kept(t, self.terms.without_network) for t in program.tables if not t.dense}
+        if len(kept) == 1 and len(found.spans) == len(program.row_lookups):
+            share = kept.pop()
+            spans = [f._replace(rounded=share) for f in found.spans]
+        else:
+            spans = column_spans(program, self.terms)
+        return SizedMethod(found.size, config, program, spans, self.costs.own(config, program, self.spec))
 
     def fitting(self, low: int, high: int, available: int) -> SizedMethod:
         """The largest size in ``[low, high]`` whose bytes are at most ``available``, or ``low``.

@@ -30,7 +30,7 @@ from recsys_embed.planning.shared_tables import (
     statistics_of_tables,
 )
 from recsys_embed.planning.solver import JOIN, PlanSolution, PlanSolver
-from recsys_embed.planning.table_groups import TableGroup, group_configs, table_groups
+from recsys_embed.planning.table_groups import TableGroup, group_configs, table_groups, undominated_groups
 from recsys_embed.typing import EvidenceSource, Methods, ModelOrSchema, Statistics, UpdateRule
 from recsys_embed.utils.types import Budget, Option
 
@@ -146,7 +146,7 @@ def _solution(
     spent: int,
 ) -> PlanSolution:
     """The best solution within ``total`` bytes, ``spent`` of which pinned tables take."""
-    solver = PlanSolver(features, groups, tiny_bytes(features, context))
+    solver = PlanSolver(features, undominated_groups(groups, total), tiny_bytes(features, context))
     least = solver.least() + spent
     found = solver.best(total - spent) if total >= least else None
     if found is None:

@@ -141,6 +141,35 @@ def table_groups(features: Sequence[FeatureOptions], context: PlanningContext, t
     return groups
 
 
+def undominated_groups(groups: Sequence[TableGroup], budget: int) -> list[TableGroup]:
+    """The groups without those that the same method at another precision beats at every size within the budget.
+
+    Sizes do not depend on the budget, so that a larger one never leaves fewer groups.
+    """
+    sizes = [int(2 ** (k / 4)) for k in range(24, 256) if 2 ** (k / 4) <= budget] or [budget]
+    curves = []
+    for group in groups:
+        rows = np.array([float(group.rows_within(size)) for size in sizes])
+        fits = rows >= max(group.least, 1)
+        losses = np.full(len(sizes), np.inf)
+        if fits.any():
+            losses[fits] = group.losses(rows[fits], len(group.members)).sum(0)
+        curves.append(losses)
+    kept: list[TableGroup] = []
+    for i, group in enumerate(groups):
+        rivals = [j for j, other in enumerate(groups) if j != i and _no_worse(other, curves[j], group, curves[i])]
+        if not any((curves[j] < curves[i]).any() or j < i for j in rivals):
+            kept.append(group)
+    return kept
+
+
+def _no_worse(a: TableGroup, losses_a: Floats, b: TableGroup, losses_b: Floats) -> bool:
+    """Whether a group of the same method and members takes no more bytes per member and loses no more at any size."""
+    if (a.name, a.members) != (b.name, b.members):
+        return False
+    return bool((a.own <= b.own).all() and (losses_a <= losses_b).all())
+
+
 def _size(feature: FeatureOptions) -> int:
     return feature.spec.num_embeddings * feature.spec.embedding_dim
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from recsys_embed.core.program import Table
+from recsys_embed.errors import raise_faults
 from recsys_embed.optim import SGD, Adagrad, FusedOptimizer, RowwiseAdagrad
 
 ROW_ALIGNMENT = 4
@@ -71,6 +72,11 @@ class PhysicalTable:
 
 def physical_tables_for(tables: Mapping[str, Table], optimizer: FusedOptimizer | None) -> dict[str, PhysicalTable]:
     """The physical table of every table that is read by row; packing never changes what ``optimizer`` computes."""
+    few = [key for key, table in tables.items() if table.training is not None]
+    raise_faults(
+        [f"table {k!r} trains in few bits, which TorchRec's tables do not; set `quantization='ptq'`" for k in few],
+        "shard",
+    )
     alone = optimizer is None or type(optimizer) in (SGD, Adagrad)
     physical_tables = {}
     for key, table in tables.items():

@@ -57,7 +57,7 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
         budget = int(full_bytes / config.ratio)
     if config.method == "full" and budget is None:
         made = Plan.uniform(vectors, "full", **config.method_args)
-        return Plans(made, None if narrow is None else Plan.full(narrow), full_bytes)
+        return Plans(made, None if narrow is None else Plan.uniform(narrow, "full", **_of_rows(config)), full_bytes)
     counted = data if hasattr(data, "counts") else None
     given = None if config.plan is None else with_frequent_ids(Plan.from_dict(config.plan), vectors, counted)
     if given is not None and budget is None:
@@ -65,7 +65,7 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
     linear = None
     if narrow is not None and budget is not None:
         share = budget // (config.embedding_dim + 1)
-        linear = Plan.uniform(narrow, LINEAR_METHOD, budget=share)
+        linear = Plan.uniform(narrow, LINEAR_METHOD, budget=share, **_of_rows(config))
         budget -= linear.footprint(narrow).serve
     if given is not None:
         need = given.footprint(vectors).serve
@@ -84,6 +84,13 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
         return Plans(plan_for_budget(vectors, budget, stats=counted, **options), linear, full_bytes)
     made = Plan.uniform(vectors, config.method, budget=budget, **_ordered(config, counted))
     return Plans(with_frequent_ids(made, vectors, counted), linear, full_bytes)
+
+
+def _of_rows(config: TrainConfig) -> dict[str, Any]:
+    """How first-order weights are stored while they train: as the vectors are, if these are stored in few bits."""
+    if config.method_args.get("quantization", "ptq") == "ptq":
+        return {}
+    return {k: config.method_args[k] for k in ("precision", "quantization", "rounding") if k in config.method_args}
 
 
 def _ordered(config: TrainConfig, counted: DataSource | None) -> dict[str, Any]:

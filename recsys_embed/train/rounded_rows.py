@@ -26,7 +26,8 @@ def rounded_rows(model: nn.Module) -> Iterator[None]:
                     continue
                 of_heads = module.bundle.heads.tables()
                 for key, described in module.tables.items():
-                    if described.precision != "fp32":
+                    # Rows that train at their precision are served as they are.
+                    if described.precision != "fp32" and described.training is None:
                         table = (of_heads[key] if described.dense else module.table(key)).detach()
                         kept.append((table, table.clone()))
                         round_rows_(table.view(len(table), -1), described.precision)

@@ -87,6 +87,7 @@ class Call(ctypes.Structure):
         ("storage_widths", c_void_p),
         ("storage_kinds", c_void_p),
         ("storage_bytes", c_void_p),
+        ("storage_steps", c_void_p),
         ("storage_count", c_int64),
         ("outputs", c_void_p),
         ("output_count", c_int64),
@@ -151,6 +152,7 @@ class Update(ctypes.Structure):
         ("touched", c_void_p),
         ("touched_count", c_void_p),
         ("rows", c_int64),
+        ("stored", Stored),
     ]
 
 

@@ -23,12 +23,13 @@ from recsys_embed.kernels import pointers
 from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.derivatives import have_tangents
 from recsys_embed.kernels.indexes import ArrayVersions, IndexStore
+from recsys_embed.kernels.low_precision_table import LowPrecisionTable, stored_rows
 from recsys_embed.kernels.native import library as native_library
 from recsys_embed.kernels.native.handles import handle_of
 from recsys_embed.kernels.native.library import Call, Library, Mask, Update, library, loaded, words_of
 from recsys_embed.kernels.native.output_pool import OutputPool
 from recsys_embed.kernels.native.records import Slot, encode
-from recsys_embed.kernels.native.row_steps import WORTH_A_THREAD, Updates, checked, updates_of
+from recsys_embed.kernels.native.row_steps import WORTH_A_THREAD, Updates, checked, kind_of, updates_of
 from recsys_embed.kernels.places import GradientLayout, Place
 from recsys_embed.kernels.pointers import checked_address
 from recsys_embed.kernels.torch_lookup import TorchLookup
@@ -43,8 +44,8 @@ _STORED = (*_KINDS, torch.uint8)
 # Positions in a call's record of the fields that differ between calls; `_ASKED`: the ids and the fields after them.
 _AT, _BEHIND, _ASKED = words_of(Call), ctypes.sizeof(Call) // 8, struct.Struct("8q")
 _IDS, _KEPT, _OUTPUTS = _AT["ids"], _AT["kept"], _AT["outputs"]
-_KINDS_AT, _BYTES_AT, _INDEX = _AT["storage_kinds"], _AT["storage_bytes"], _AT["index"]
-_THREADS, _MASK = _AT["threads"], _AT["mask"]
+_KINDS_AT, _BYTES_AT, _STEPS_AT = _AT["storage_kinds"], _AT["storage_bytes"], _AT["storage_steps"]
+_INDEX, _THREADS, _MASK = _AT["index"], _AT["threads"], _AT["mask"]
 
 
 def knows(optimizer: FusedOptimizer | None) -> bool:
@@ -64,7 +65,10 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype
     if torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
     for t in tables:
-        if type(t) not in (Tensor, Parameter) or t.dtype not in types or not t.is_cpu or not t.is_contiguous():
+        if isinstance(t, LowPrecisionTable):
+            if not t.is_cpu or not t.stored.is_contiguous():
+                return False
+        elif type(t) not in (Tensor, Parameter) or t.dtype not in types or not t.is_cpu or not t.is_contiguous():
             return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
@@ -161,9 +165,10 @@ class NativeLookup:
             output_count=len(widths),
             threads=1,
         )
-        # After the record: pointers to storages and index arrays, a Matrix per output, kinds and row bytes of storages.
+        # After the record: pointers to storages and index arrays, a Matrix per output; kinds, row bytes and steps of
+        # storages.
         self._array_count = len(index.arrays.held)
-        behind = [0] * (count + self._array_count) + [n for width in widths for n in (0, width)] + [0] * (2 * count)
+        behind = [0] * (count + self._array_count) + [n for width in widths for n in (0, width)] + [0] * (3 * count)
         # An array of integers: copying and setting it is several times as fast as setting fields of a ctypes structure.
         self._record = array("q", bytes(call)) + array("q", behind)
         self._row_lookup_count = len(self._row_lookups)
@@ -219,7 +224,11 @@ class NativeLookup:
             if ids.weights is not None:
                 found += pointers.faults(ids.weights, (torch.float32,), values.numel(), "weights of ids")
         for (name, (_, width)), size, table in zip(self.storages.items(), self._sizes, tables, strict=True):
-            found += pointers.faults(table, (torch.float32,), size, f"table {name!r}")
+            if isinstance(table, LowPrecisionTable):
+                items, format = table.stored.shape[1], table.format
+                found += pointers.faults(table.stored, (format.dtype,), size // width * items, f"table {name!r}")
+            else:
+                found += pointers.faults(table, (torch.float32,), size, f"table {name!r}")
             if table.dim() != 2 or table.shape[1] != width:
                 found.append(f"table {name!r} must be [rows, {width}], got {list(table.shape)}")
         for width, output in zip(self.widths, outputs, strict=False):
@@ -274,6 +283,10 @@ class NativeLookup:
         )  # fmt: skip
         number, decodes, sizes, widths = 0, False, self._sizes, self._storage_widths
         for table in tables:
+            if type(table) is LowPrecisionTable:
+                call[at + number] = checked_address(table.stored)
+                decodes, number = True, number + 1
+                continue
             call[at + number] = checked_address(table)
             decodes |= table.dtype is not torch.float32
             # Quantised storages come from an export, whose reader has checked their shapes.
@@ -292,8 +305,13 @@ class NativeLookup:
             at += 2
         if decodes:
             call[_KINDS_AT], call[_BYTES_AT] = start + 8 * at, start + 8 * (at + len(tables))
-            bytes_of_rows = [t.stride(0) * t.element_size() for t in tables]
-            call[at:] = array("q", self._kinds(tables) + bytes_of_rows)
+            held = [stored_rows(t) for t in tables]
+            bytes_of_rows = [t.stride(0) * t.element_size() for t in held]
+            call[at : at + 2 * len(tables)] = array("q", self._kinds(tables) + bytes_of_rows)
+            steps = [t.format.step if isinstance(t, LowPrecisionTable) else 0.0 for t in tables]
+            if any(steps):
+                call[_STEPS_AT], at = start + 8 * (at + 2 * len(tables)), at + 2 * len(tables)
+                call[at : at + len(tables)] = array("q", array("d", steps).tobytes())
         if kept is not None:
             call[_KEPT], call[_KEPT + 1] = checked_address(kept), self.kept_width
         if lookups >= (WORTH_A_THREAD if ids.offsets is None else _BAGS_WORTH_A_THREAD):
@@ -311,7 +329,11 @@ class NativeLookup:
     def _kinds(self, tables: Sequence[Tensor]) -> list[int]:
         """Precision of each storage."""
         return [
-            _KINDS[t.dtype] if t.dtype in _KINDS else _kind_of_rows(t.shape[1], width)
+            kind_of(t.format)
+            if isinstance(t, LowPrecisionTable)
+            else _KINDS[t.dtype]
+            if t.dtype in _KINDS
+            else _kind_of_rows(t.shape[1], width)
             for t, width in zip(tables, self._storage_widths, strict=True)
         ]
 

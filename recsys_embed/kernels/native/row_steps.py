@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from recsys_embed.core.row_format import RowFormat
 from recsys_embed.errors import BackendError, IdRangeError
 from recsys_embed.kernels import pointers
 from recsys_embed.kernels.deferred_steps import StepLog
-from recsys_embed.kernels.native.library import Rule, Update, loaded
+from recsys_embed.kernels.low_precision_table import LowPrecisionTable, stored_rows
+from recsys_embed.kernels.native.library import Rule, Stored, Update, loaded
 from recsys_embed.kernels.pointers import address
 from recsys_embed.optim import FusedOptimizer, rule_name
 
@@ -65,6 +67,8 @@ def updates_of(
         update.rule, update.rows, update.decay = encoded.rule, table.shape[0], optimizer.weight_decay
         update.sizes, update.epsilons = pointers.of_array(log.sizes), pointers.of_array(log.epsilons)
         update.first, update.step = log.first, log.step
+        if isinstance(table, LowPrecisionTable):
+            update.stored = stored_record(table)
         (rows, width), held = table.shape, update.rule.state
         update.rule.seed = log.seed
         for i, (name, kind, dtype) in enumerate(encoded.states):
@@ -72,6 +76,27 @@ def updates_of(
         if "last" in state:
             update.last = address(state["last"], torch.int32, rows, "state 'last'")
     return updates
+
+
+_NUMBERS = {"fp16": 1, "bf16": 2, "int8": 7, "int4": 8}
+
+
+def kind_of(format: RowFormat) -> int:
+    """Number of a format among the kernels' precisions."""
+    return _NUMBERS[format.kind]
+
+
+def stored_record(table: LowPrecisionTable) -> Stored:
+    """How the rows of a table are stored, as the kernels read it."""
+    stored, format = table.stored, table.format
+    row_bytes = stored.shape[1] * stored.element_size()
+    return Stored(kind_of(format), row_bytes, table.seed, int(format.stochastic), format.step)
+
+
+def _address_of(table: Tensor) -> int:
+    held = stored_rows(table)
+    dtype = held.dtype if isinstance(table, LowPrecisionTable) else torch.float32
+    return address(held, dtype, held.numel(), "the table")
 
 
 def checked(outcome: int) -> bool:
@@ -107,7 +132,7 @@ def update_rows(
     if not checked(
         loaded().handle.rse_update_rows(
             pointers.of_record(updates),
-            address(table, torch.float32, table.shape[0] * width, "the table"),
+            _address_of(table),
             width,
             address(rows, torch.int64, count, "rows of a gradient"),
             address(values, torch.float32, count * width, "a gradient"),
@@ -131,9 +156,7 @@ def catch_up(
     count = table.shape[0] if rows is None else rows.numel()
     threads = torch.get_num_threads() if count >= WORTH_A_THREAD else 1
     listed = None if rows is None else address(rows, torch.int64, count, "rows to read")
-    at = address(table, torch.float32, table.numel(), "the table")
-    if not checked(
-        loaded().handle.rse_catch_up(pointers.of_record(updates), at, table.shape[1], threads, listed, count)
-    ):
+    at, width = _address_of(table), table.shape[1]
+    if not checked(loaded().handle.rse_catch_up(pointers.of_record(updates), at, width, threads, listed, count)):
         raise IdRangeError(f"rows to read must be in [0, {table.shape[0]}), the rows of their table")
     increment_version([table, *state.values()])

@@ -105,7 +105,10 @@ def _own_arrays(module: CompressedEmbedding) -> list[ArrayStorage]:
         reads = 0 if dense else reads_of(module.program, name)
         role: ArrayRole = "dense" if dense else "table"
         array = ArrayStorage(name, rows, width, p.element_size(), role, reads, id(p), p.requires_grad, flat=p.dim() < 2)
-        arrays.append(array if table is None else replace(array, precision=table.precision))
+        if table is not None:
+            packed = None if table.training is None else table.trained_bytes()
+            array = replace(array, precision=table.precision, packed=packed)
+        arrays.append(array)
     if module.served is not None:
         for name in tables:
             if name in module.served:

@@ -139,9 +139,9 @@ def array_of(table: Table, program: LookupProgram, itemsize: int, parameter: Any
     """One table of a program, stored in ``parameter`` (None: not yet built)."""
     role: ArrayRole = "dense" if table.dense else "table"
     reads = reads_of(program, table.name)
-    return ArrayStorage(
-        table.name, table.rows, table.width, itemsize, role, reads, parameter, trained, precision=table.precision
-    )
+    packed = None if table.training is None else table.trained_bytes()
+    shape = table.name, table.rows, table.width
+    return ArrayStorage(*shape, itemsize, role, reads, parameter, trained, packed, precision=table.precision)
 
 
 def storage_of(
