@@ -20,7 +20,7 @@ Quantization = Literal["ptq", "lpt"]
 Rounding = Literal["stochastic", "nearest"]
 TRAINED = ("int8", "int4", "fp16", "bf16")
 """Precisions in which rows can train."""
-DEFAULT_STEPS = {"int8": 2.0**-9, "int4": 2.0**-8}
+DEFAULT_STEPS = {"int8": 2.0**-10, "int4": 2.0**-8}
 """Distances of two codes, unless the initial weights need more."""
 LEAST_WIDTH = 4
 """Columns from which on rows are stored as integers."""
