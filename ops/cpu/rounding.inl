@@ -128,7 +128,8 @@ static inline uint16_t half_of(float value, const u32* random) {
 // Codes of columns [from, from + count), one to a byte.
 template <int W>
 static inline __attribute__((always_inline)) void codes_of_row(const float* values, i64 from, i64 count, const Division& step, float half, const Random* random, unsigned char* to) {
-  blocks<W>(count, [&](auto lanes, i64 k) {
+  // By hand, because GCC calls it otherwise, and reads what it captures from memory.
+  blocks<W>(count, [&](auto lanes, i64 k) __attribute__((always_inline)) {
     constexpr int N = sizeof(lanes.all(0.f)) / 4;
     const auto codes = codes_of<N>(lanes.load(values + from + k), step, half, random, from + k) + i32(half);
     if constexpr (N == 1) to[k] = (unsigned char)(codes);
