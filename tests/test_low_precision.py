@@ -13,6 +13,7 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import Adam, EmbeddingCollection, FeatureSpec, Plan, RowwiseAdagrad, Schema
+from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.row_format import TRAINED, RowFormat
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.low_precision_table import LowPrecisionTable
@@ -38,6 +39,13 @@ def collection(
     return EmbeddingCollection(schema, Plan.uniform(schema, method, **options), rule, backend=backend)
 
 
+def few_bits(config: type[MethodConfig]) -> dict[str, Any]:
+    """Options of rows that train in few bits, by the class of a configuration."""
+    if config.has_own_precisions:
+        return {"precisions": ("int8", "int4", "bf16"), "quantization": "lpt"}
+    return {"precision": "int8", "quantization": "lpt"}
+
+
 def batch(number: int, width: int = 16) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(number)
     ids = torch.stack([torch.randint(n, (64,), generator=generator) for n in SIZES], 1)
@@ -57,7 +65,7 @@ def stored(coll: torch.nn.Module) -> list[Tensor]:
 
 @pytest.mark.skipif(not NATIVE, reason="no native kernels")
 @pytest.mark.parametrize("kind", TRAINED)
-@pytest.mark.parametrize("width", [8, 16, 27, 4])
+@pytest.mark.parametrize("width", [8, 16, 27, 4, 5, 3])
 @pytest.mark.parametrize(
     "rule",
     [SGD(0.1), RowwiseAdagrad(0.05), SGD(0.1, weight_decay=0.01, rows="all"), RowwiseAdagrad(0.05, weight_decay=0.01)],
@@ -122,7 +130,7 @@ def test_every_method_trains_resumes_and_exports_its_codes(method: Any, tmp_path
         if config.computes:
             pytest.skip("its rows are computed")
         values = {k: v for k, v in config.to_dict().items() if k != "method"}
-        configs[name] = type(config).from_params({**values, "precision": "int8", "quantization": "lpt"})
+        configs[name] = type(config).from_params({**values, **few_bits(type(config))})
     plan = Plan(configs, arrays=plan.arrays)
     built = [EmbeddingCollection(schema, plan, RowwiseAdagrad(0.05), backend=b) for b in BACKENDS]
     ids, _ = batch(0)
@@ -228,7 +236,7 @@ def test_footprints_are_the_bytes_that_are_allocated() -> None:
 @pytest.mark.parametrize("method", [m.name for m in list_methods() if m.config_cls.plannable])
 def test_drop_ins_train_by_torch_optimizers(method: str) -> None:
     cls = get_method(method).embedding_cls
-    options = {"init": "normal:0.05", "precision": "int8", "quantization": "lpt"}
+    options = {"init": "normal:0.05", **few_bits(get_method(method).config_cls)}
     if get_method(method).config_cls.sized(FeatureSpec("x", 500, 16), 8).computes:
         with pytest.raises(ConfigError, match="computed"):
             cls(500, 16, budget=60_000, **options)

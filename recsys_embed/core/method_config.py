@@ -95,10 +95,13 @@ class MethodConfig(ABC):
             faults.append(f"`precision` does not apply beside `precisions`, one per table; got {self.precision!r}")
         elif self.precision != "fp32" and self.computes:
             faults.append(f"`precision` is for rows of tables, and these are computed; got {self.precision!r}")
-        if self.quantization != "ptq" and self.precision not in TRAINED:
+        option = "precisions" if self.has_own_precisions else "precision"
+        given = getattr(self, option) if self.has_own_precisions else (self.precision,)
+        untrained = [kind for kind in given if kind not in TRAINED]
+        if self.quantization != "ptq" and untrained:
             faults.append(
-                f"`quantization={self.quantization!r}` stores rows at `precision` while they train, one of "
-                f"{', '.join(TRAINED)}; got {self.precision!r}"
+                f"`quantization={self.quantization!r}` stores rows at `{option}` while they train, one of "
+                f"{', '.join(TRAINED)}; got {untrained[0]!r}"
             )
         return faults
 
@@ -126,12 +129,10 @@ class MethodConfig(ABC):
 
     def _stored(self, program: LookupProgram) -> LookupProgram:
         """The program with its rows as they are served, and stored while they train."""
-        if self.precision == "fp32":
-            return program
-        program = program.at_precision(self.precision)
+        program = program if self.precision == "fp32" else program.at_precision(self.precision)
         if self.quantization == "ptq":
             return program
-        return program.trained_at(self.precision, self.quantization_step, self.rounding)
+        return program.trained(self.quantization_step, self.rounding)
 
     @property
     def computes(self) -> bool:

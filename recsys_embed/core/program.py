@@ -330,11 +330,11 @@ class LookupProgram:
             self, tables=tuple(replace(t, precision=of_heads if t.dense else precision) for t in self.tables)
         )
 
-    def trained_at(self, precision: str, step: float | None = None, rounding: Rounding = "stochastic") -> LookupProgram:
-        """The same program with rows that are stored at a precision while they train."""
+    def trained(self, step: float | None = None, rounding: Rounding = "stochastic") -> LookupProgram:
+        """The same program with rows that are stored at the precisions of their tables while they train."""
 
         def trained(table: Table) -> Table:
-            format = RowFormat.of(precision, table.width, table.init.reach, step, rounding)
+            format = RowFormat.of(table.precision, table.width, table.init.reach, step, rounding)
             # Served as they train: narrow rows, too, which train as 16-bit floats.
             return replace(table, training=format, precision=format.kind)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core import stochastic_rounding as rounding
-from recsys_embed.core.precision import BITS, FLOATS, NARROW, unpacked
+from recsys_embed.core.precision import BITS, FLOATS, unpacked
 
 Quantization = Literal["ptq", "lpt"]
 Rounding = Literal["stochastic", "nearest"]
@@ -22,6 +22,8 @@ TRAINED = ("int8", "int4", "fp16", "bf16")
 """Precisions in which rows can train."""
 DEFAULT_STEPS = {"int8": 2.0**-9, "int4": 2.0**-8}
 """Distances of two codes, unless the initial weights need more."""
+LEAST_WIDTH = 4
+"""Columns from which on rows are stored as integers."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class RowFormat:
     ) -> RowFormat:
         """The format of a table's rows at a fixed step.
 
-        Rows of fewer than 8 columns, such as first-order weights and learned scalars, are bfloat16 where others are
-        integers: their bytes do not count, and their steps would.
+        Rows of fewer than 4 columns, such as first-order weights and learned scalars, are bfloat16 where others are
+        integers: few bytes are saved there, and a step of all is too coarse for some.
 
         Args:
             kind: of wide rows.
@@ -58,7 +60,7 @@ class RowFormat:
             step: by default that of :data:`DEFAULT_STEPS`.
         """
         stochastic = rounding == "stochastic"
-        if kind not in BITS or width < NARROW:
+        if kind not in BITS or width < LEAST_WIDTH:
             return cls("bf16" if kind in BITS else kind, stochastic=stochastic)
         if step is None:
             least = reach / (1 << (BITS[kind] - 1))

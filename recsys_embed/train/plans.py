@@ -83,6 +83,8 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
         }
         return Plans(plan_for_budget(vectors, budget, stats=counted, **options), linear, full_bytes)
     made = Plan.uniform(vectors, config.method, budget=budget, **_ordered(config, counted))
+    if narrow is not None and linear is None and _of_rows(config):
+        linear = Plan.uniform(narrow, "full", **_of_rows(config))
     return Plans(with_frequent_ids(made, vectors, counted), linear, full_bytes)
 
 
