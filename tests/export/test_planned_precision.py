@@ -46,8 +46,6 @@ def ids_of(schema: Schema, batch: int = 50) -> torch.Tensor:
 @METHODS
 def test_every_method_mixes_precisions(method: MethodInfo, tmp_path: Path) -> None:
     plan = plan_of(method)
-    if method.config_cls.has_own_precisions:
-        pytest.skip("its tables have precisions of their own")
     shares = any(t.shared for name in plan for t in plan[name].program(SCHEMA[name]).tables)
     if any(plan[name].computes for name in plan):
         pytest.skip("computes its vectors")

@@ -111,13 +111,12 @@ def test_bytes_are_those_of_the_report(method: MethodInfo, precision: Any, tmp_p
     plan = plan_of(method)
     report = export(rse.EmbeddingCollection(SCHEMA, plan), tmp_path / "c", precision, prune=False)
     told = memory_report(plan, schema=SCHEMA, precision=precision).total("serve")
-    own = method.config_cls.has_own_precisions  # their footprint is that of the precisions
     assert report.embedding_bytes == pytest.approx(told, rel=0.01)
     assert report.bytes - report.header_bytes == report.embedding_bytes
-    if precision in ("fp32", "fp16", "bf16") and not own:
+    if precision in ("fp32", "fp16", "bf16"):
         itemsize = 4 if precision == "fp32" else 2
         assert report.embedding_bytes == pytest.approx(plan.footprint(SCHEMA, itemsize=itemsize).serve, rel=0.01)
-    if precision == "fp32" and not own:
+    if precision == "fp32":
         assert load(tmp_path / "c").footprint().serve == report.embedding_bytes  # type: ignore[operator]
     alone = export(make(method), tmp_path / "e", precision, prune=False)
     assert alone.embedding_bytes == pytest.approx(

@@ -18,8 +18,6 @@ from recsys_embed.registry import list_methods
 from recsys_embed.testing import poisoned_memory
 
 METHODS = [m.name for m in list_methods() if m.config_cls.order_option]
-UNROUNDED = [m for m in METHODS if m != "tiered"]
-"""Those whose parameters take what serving takes."""
 ROWS, WIDTH = 500, 6
 IDS = torch.arange(ROWS)
 
@@ -50,7 +48,7 @@ def test_until_counts_are_given_ids_are_ranks(method: str) -> None:
     assert not torch.equal(module.assign_(counts())(IDS), ranked(IDS))
 
 
-@pytest.mark.parametrize("method", UNROUNDED)
+@pytest.mark.parametrize("method", METHODS)
 def test_footprint_is_parameters_and_buffers(method: str) -> None:
     module = build(method)
     held = sum(p.nbytes for p in module.parameters())
@@ -119,7 +117,7 @@ def test_sets_compile_and_export(method: str) -> None:
     torch.testing.assert_close(exported.module()(IDS.flip(0), None, None), module(IDS.flip(0)))
 
 
-@pytest.mark.parametrize("method", UNROUNDED)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_fit_with_counts_serves_the_frequent_ids_best(method: str) -> None:
     target = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
     seen = counts(3).double() ** 4

@@ -18,8 +18,7 @@ from recsys_embed.errors import CheckpointError
 from recsys_embed.exports import export, load
 from recsys_embed.report.memory import memory_report
 
-# What a file of one precision takes says nothing of methods whose tables have several.
-METHODS = [m for m in rse.list_methods() if not m.config_cls.has_own_precisions]
+METHODS = rse.list_methods()
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int4")
 
 

@@ -19,8 +19,7 @@ from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.report.memory import memory_report
 from recsys_embed.report.memory.file_tensors import read_safetensors
 
-# What a file of one precision takes says nothing of methods whose tables have several.
-METHODS = [m for m in rse.list_methods() if not m.config_cls.has_own_precisions]
+METHODS = rse.list_methods()
 save_file = pytest.importorskip("safetensors.torch").save_file
 
 

@@ -23,9 +23,6 @@ from recsys_embed.report.memory.page import COLUMNS, RATIOS, WhatIf, _script_jso
 from recsys_embed.report.memory.report import MemoryReport, memory_report
 from recsys_embed.report.memory.state_size import OptimizerStateSize
 
-# A file of one precision is no alternative for methods whose tables have several.
-METHODS = [m for m in rse.list_methods() if not m.config_cls.has_own_precisions]
-
 EVIL = '</script><b onmouseover="x">\'&amp; |`*_\u2028'
 
 
@@ -77,7 +74,7 @@ def test_text_fits_and_holds_the_totals() -> None:
     assert max(map(len, text.splitlines())) <= 100
     for value in (rep.total("serve"), rep.total("train"), rep.footprint.optimizer, rep.plain):
         assert format_bytes(value) in text
-    for info in METHODS:
+    for info in rse.list_methods():
         # Full tables as they are need no line of their own.
         assert bool(re.search(rf"^{info.name}\b", text, re.M)) == (info.name != "full")
     hashed = memory_report(Plan.uniform(SCHEMA, "hash", budget="1MiB"), schema=SCHEMA)
@@ -135,7 +132,7 @@ def test_json_says_the_same_and_is_versioned(tmp_path: Path) -> None:
     assert data["totals"]["train"] == rep.total("train") == sum(t["bytes"]["train"] for t in data["tables"])
     assert data["precisions"]["int8"] == rep.total("serve")
     assert sum(t["share"] for t in data["tables"]) == pytest.approx(1.0)
-    assert [a["method"] for a in data["alternatives"]] == [m.name for m in METHODS]
+    assert [a["method"] for a in data["alternatives"]] == [m.name for m in rse.list_methods()]
     assert data["tables"][0]["statistics"]["collisions_measured"] == {"ids": 0.0, "traffic": 0.0, "mixed": 0.0}
     for table in data["tables"]:
         b = table["bytes"]
@@ -223,7 +220,7 @@ def test_what_if_keeps_more_with_more_budget_and_never_above_it() -> None:
     assert what_if.kept("hash", "fp32", what_if.plain / 10) == pytest.approx(0.1, abs=0.005)
 
 
-@pytest.mark.parametrize("info", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("info", rse.list_methods(), ids=lambda m: m.name)
 @pytest.mark.parametrize("ratio", [1.0, 4.0, 50.0])
 def test_alternatives_are_what_a_plan_of_those_sizes_takes(info: rse.MethodInfo, ratio: float) -> None:
     """Each table alone against the method's own sizing by bytes."""
@@ -293,7 +290,7 @@ def test_only_the_largest_shapes_are_sized() -> None:
     assert sorted(plain, key=lambda n: int(n[1:])) == [f"f{i}" for i in range(30)]
 
 
-@pytest.mark.parametrize("info", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("info", rse.list_methods(), ids=lambda m: m.name)
 def test_training_an_alternative_takes_what_a_collection_of_it_holds(info: rse.MethodInfo) -> None:
     """Weights, arrays, fused state, and gradients of what no fused optimizer steps, after a backward of all ids."""
     spec = FeatureSpec("C1", 600, 48)

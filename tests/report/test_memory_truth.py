@@ -19,8 +19,7 @@ from recsys_embed.optim import RowGradient, unfused_parameters
 from recsys_embed.registry import MethodInfo
 from recsys_embed.report.memory import memory_report
 
-# What a file of one precision takes says nothing of methods whose tables have several.
-METHODS = [m for m in rse.list_methods() if not m.config_cls.has_own_precisions]
+METHODS = rse.list_methods()
 NAMES = [m.name for m in METHODS]
 SHAPES = [(60, 8), (1000, 16), (20_000, 4), (3001, 24)]
 FUSED = [rse.SGD(lr=0.1), rse.Adagrad(lr=0.1), rse.RowwiseAdagrad(lr=0.1), rse.Adam(lr=0.1)]

@@ -65,8 +65,7 @@ def alternatives(
     large = set(sorted(shapes, key=lambda s: -shapes[s])[:_SHAPES])
     out = []
     for info in list_methods():
-        # Bytes are told by the precision of the whole file, which is not a matter of choice for some methods.
-        if not info.config_cls.has_own_precisions and (methods is None or info.name in methods):
+        if methods is None or info.name in methods:
             sized = {s: _sized_table(info, s, ratio) if s in large else _plain(s) for s in shapes}
             out.append(_sum(info.name, ratio, [(e.name, sized[_shape(e)]) for e in tables], state_size, update))
     return out
