@@ -14,6 +14,7 @@ from recsys_embed.core.program import Table
 from recsys_embed.core.row_format import RowFormat
 from recsys_embed.core.stochastic_rounding import random_words
 from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.pointers import checked_address
 from recsys_embed.kernels.storage import allocate
 from recsys_embed.optim.wrapper_tensor import WrapperTensor
 
@@ -161,7 +162,11 @@ class LowPrecisionTable(WrapperTensor):
             stored = fn(self.stored)
         else:
             stored = fn(self.stored.view(torch.uint8)).view(self.format.dtype)
-        return self if stored is self.stored or stored.data_ptr() == self.stored.data_ptr() else self._again(stored)
+        return (
+            self
+            if stored is self.stored or checked_address(stored) == checked_address(self.stored)
+            else self._again(stored)
+        )
 
     def share_memory_(self) -> LowPrecisionTable:
         """Move the rows to memory that processes share."""

@@ -56,7 +56,9 @@ class FTRL(FusedOptimizer):
         """``z`` starts where the closed form gives the weights."""
         state.zero_()
         if name == "z" and self.lr > 0:
-            for z, w in zip(state.split(_CHUNK), weight.split(_CHUNK), strict=True):
+            # By slices, which tables of few bits decode.
+            for start in range(0, len(state), _CHUNK):
+                z, w = state[start : start + _CHUNK], weight[start : start + _CHUNK]
                 z.copy_(-(w * (self.beta / self.lr + self.l2) + w.sign() * self.l1))
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, step: int) -> Tensor:

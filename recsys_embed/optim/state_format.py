@@ -155,9 +155,9 @@ def reset_state(rule: Rule, name: str, state: Tensor, weight: Tensor) -> None:
     if form.exact:
         rule.reset_state_(name, state, weight)
         return
-    for stored, rows in zip(state.split(_CHUNK), weight.split(_CHUNK), strict=True):
+    for start, stored in zip(range(0, len(state), _CHUNK), state.split(_CHUNK), strict=False):
         values = torch.empty(stored.shape, device=stored.device)
-        rule.reset_state_(name, values, rows)
+        rule.reset_state_(name, values, weight[start : start + len(stored)])
         stored.copy_(form.encoded(values, None))
 
 
