@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ from recsys_embed.kernels.unseen_ids import UnseenIds
 from recsys_embed.kernels.vectorised import VectorisedLookup
 
 
-class FeatureLookups(Constants):
+class FeatureLookups(Constants, ABC):
     """What a bundle looks up feature by feature.
 
     Attributes:
@@ -40,9 +41,9 @@ class FeatureLookups(Constants):
     _unpooled: list[dict[str, BatchedLookup | None]]
     _makers: dict[str, BatchedFeatures]
 
+    @abstractmethod
     def vectors_of(self, feature: int, ids: Tensor) -> Tensor:
         """Vectors of resolved ``ids [n]`` of a feature that runs itself: ``[n, width]``."""
-        raise NotImplementedError
 
     def unpooled(self, feature: int, ids: Tensor, gather: Gather) -> Tensor:
         """Vectors ``[n, width]`` of int64 ``ids [n]`` of one feature."""
