@@ -18,7 +18,7 @@ from recsys_embed.core.row_format import TRAINED, RowFormat
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.low_precision_table import LowPrecisionTable
 from recsys_embed.kernels.native import library as native_library
-from recsys_embed.optim import SGD, FusedOptimizer, fused_optimizer
+from recsys_embed.optim import SGD, FusedOptimizer, fused_optimizer, list_rules, make_rule
 from recsys_embed.registry import get_method, list_methods
 from tests.kernels.cases import METHODS, plan_of
 
@@ -265,3 +265,25 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
         coll.table("C0.weight").view(-1)
     with pytest.raises(ConfigError, match="are stored as"):
         LowPrecisionTable(torch.zeros(3, 4), RowFormat("int8", 0.5), 4, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("state_precision", ["fp32", "bf16", "8bit"])
+@pytest.mark.parametrize("name", list_rules())
+def test_every_rule_steps_them_whatever_its_state_takes(name: str, state_precision: Any, backend: str) -> None:
+    rule = make_rule(name, lr=0.05, state_precision=state_precision)
+    for kind in TRAINED:
+        coll = collection(rule, backend, precision=kind)
+        plain = EmbeddingCollection(coll.schema, Plan.full(coll.schema), make_rule(name, lr=0.05), backend="torch")
+        (table,), (weights,) = coll.parameters(), plain.parameters()
+        with torch.no_grad():
+            weights.copy_(table.to_dense())
+        train(coll, 1), train(plain, 1)
+        got, right = table.to_dense(), weights.detach()
+        if table.format.bits:
+            half = 2 ** (table.format.bits - 1)  # values beyond the last code stay there
+            right = right.clamp(-half * table.format.step, (half - 1) * table.format.step)
+        # Within one code, or one number of 16 bits, of the step in float32.
+        apart = table.format.step if table.format.bits else right.abs() * 2.0 ** (-7 if kind == "bf16" else -10) + 1e-7
+        assert bool(((got - right).abs() <= apart * 1.01 + 1e-6).all()), kind
+        assert float((got - right).mean().abs()) < 2e-4, kind
