@@ -31,6 +31,8 @@ class Costs:
         if not self.train:
             return table.nbytes(self.itemsize)
         weights = self.itemsize * table.elements
+        if table.frozen:
+            return weights
         if self.optimizer is None or table.dense:
             return 2 * weights
         return weights + self.optimizer.state_bytes(table.rows, table.width)
@@ -43,16 +45,26 @@ class Costs:
         index = sum(i.nbytes for i in program.indexes)
         return index + sum(self.table(t) for t in program.tables if not t.shared)
 
+    def own_at(self, precision: str, cost: int, config: MethodConfig, program: LookupProgram, spec: FeatureSpec) -> int:
+        """As :meth:`own` of ``config``, whose ``program`` takes ``cost`` bytes at fp32, at another precision."""
+        if config.computes:
+            return self.own(config, program, spec)
+        if self.train:
+            return cost
+        size = self.itemsize
+        return cost + sum(t.nbytes(size, precision) - t.nbytes(size) for t in program.tables if not t.shared)
+
     def plan(self, plan: Plan, schema: Schema) -> int:
         """Bytes of all features together, shared tables once."""
         parts = plan.footprint(schema, self.optimizer if self.train else None, self.itemsize)
         if not self.train:
             return parts.serve
         if self.optimizer is None:
-            return parts.train + parts.weights + parts.unrounded
+            frozen = sum(self.itemsize * t.elements for t in plan.tables(schema).values() if t.frozen)
+            return parts.train + parts.weights + parts.unrounded - frozen
         gathered = plan.gathered(schema)
         computed = sum(
             plan[s.name].footprint(s, self.itemsize).weights for s in schema.first_readers if s.name not in gathered
         )
-        dense = sum(self.itemsize * t.elements for t in plan.tables(schema).values() if t.dense)
+        dense = sum(self.itemsize * t.elements for t in plan.tables(schema).values() if t.dense and not t.frozen)
         return parts.train + computed + dense
