@@ -17,6 +17,7 @@ from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec
 from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.low_precision_table import stored_rows
 from recsys_embed.kernels.row_cache import RowCaches
 from recsys_embed.kernels.stored_tables import Stored
 from recsys_embed.plan import table_key
@@ -217,7 +218,8 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 def _key(tensor: Tensor) -> Any:
     """Equal for parameters over the same memory; works on the meta device, too."""
-    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel())
+    held = stored_rows(tensor)
+    return (held.untyped_storage()._cdata, held.storage_offset(), held.numel())
 
 
 def _rest(model: nn.Module, counted: set[Any]) -> tuple[list[ArrayStorage], list[str]]:
