@@ -97,7 +97,7 @@ class MethodConfig(ABC):
             faults.append(f"`precision` is for rows of tables, and these are computed; got {self.precision!r}")
         option = "precisions" if self.has_own_precisions else "precision"
         given = getattr(self, option) if self.has_own_precisions else (self.precision,)
-        untrained = [kind for kind in given if kind not in TRAINED]
+        untrained = [kind for kind in given if kind not in (*TRAINED, "dropped")]
         if self.quantization != "ptq" and untrained:
             faults.append(
                 f"`quantization={self.quantization!r}` stores rows at `{option}` while they train, one of "
