@@ -186,10 +186,15 @@ class StoredRow {
     return floats_;
   }
 
-  // In a step of the optimizer.
-  void write(i64 step) {
+  // In a step of the optimizer, by a gradient or without one.
+  void write(i64 step, bool by_gradient = false) {
     if (!u_.stored.bytes) return;
     const Random random = random_of(random_base(u_.stored.seed, step), row_);
+    if (has_steps(u_.stored)) {
+      Row<W> before(width_);
+      if (by_gradient) decode_row(u_.stored.kind, stored_, width_, before.data());
+      return round_row_with_step(u_.stored, by_gradient ? before.data() : nullptr, floats_, width_, stored_, u_.stored.stochastic ? &random : nullptr);
+    }
     round_row<W>(u_.stored, floats_, width_, stored_, u_.stored.stochastic ? &random : nullptr);
   }
 
@@ -324,7 +329,7 @@ static void update_rows_rounded(const Update& u, float* table, const Summed* row
     state.read(u.rule, row, width);
     const Summed alone{0, rows[i].gradient};
     update_rows<W>(state.step, weights.read(), &alone, 1, 0, width);
-    weights.write(u.step);
+    weights.write(u.step, true);
     state.write(u.rule, row, width);
   }
 }
@@ -335,7 +340,7 @@ template <int W, i64 AHEAD>
 static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w) {
   if (u.rule.number < 0) return hand_out<W>(u, rows, count, at, w);
   const i64 width = width_of<W>(w);
-  if (u.rule.rounded) return update_rows_rounded<common_width(W)>(u, table, rows, count, width);
+  if (u.rule.rounded || has_steps(u.stored)) return update_rows_rounded<common_width(W)>(u, table, rows, count, width);
   if (u.stored.bytes) return update_stored_rows<common_width(W)>(u, table, rows, count, width);
   const float size = size_of(u, u.step), eps = epsilon_of(u, u.step), decay = float(u.decay);
   Rules::with(u.rule, [&](const auto& rule) {
