@@ -72,6 +72,8 @@ class EmbeddingCollection(FusedTables):
     table_kind: ClassVar[str] = "collection"
     # Whether rows train in few bits.
     _few_bits = False
+    # Whether an exported file filled it: rows are then as they are served, whatever the plan says.
+    from_file: bool = False
 
     def __init__(
         self,
@@ -394,7 +396,7 @@ class EmbeddingCollection(FusedTables):
 
     def _held_tables(self) -> Iterator[tuple[Table, int]]:
         """Tables that parameters hold, of rows and of heads, with the bytes of their elements."""
-        if self.served is not None:
+        if self.from_file:
             return
         of_heads = self.bundle.heads.tables()
         for key, table in self.tables.items():
