@@ -33,6 +33,9 @@ FORMATS: dict[str, dict[str, str]] = {
     "fp32": {},
     "int8": {"precision": "int8", "quantization": "lpt"},
     "int4": {"precision": "int4", "quantization": "lpt"},
+    "int8 alpt": {"precision": "int8", "quantization": "alpt"},
+    "int4 alpt": {"precision": "int4", "quantization": "alpt"},
+    "int4 lsq": {"precision": "int4", "quantization": "lsq"},
     "int8 nearest": {"precision": "int8", "quantization": "lpt", "rounding": "nearest"},
     "int4 nearest": {"precision": "int4", "quantization": "lpt", "rounding": "nearest"},
 }

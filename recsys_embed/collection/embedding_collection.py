@@ -112,8 +112,8 @@ class EmbeddingCollection(FusedTables):
         formats = formats_of(tables, places)
         if formats and by_name and backend == "triton":
             raise BackendError(
-                "backend 'triton' does not step rows that train in few bits (`quantization='lpt'`); use backend "
-                "'auto', 'native' or 'torch'"
+                "backend 'triton' does not step rows that train in few bits (`quantization` other than 'ptq'); use "
+                "backend 'auto', 'native' or 'torch'"
             )
         super().__init__(shapes, optimizer, like.device, like.dtype, backend, formats, seed)
         self.schema, self.plan, self.seed, self.sparse = schema, plan, seed, sparse

@@ -1,4 +1,4 @@
-"""Tables that train in few bits: float32 tensors to torch, whose rows are stored as integers or 16-bit floats."""
+"""Tables that train in few bits: float32 tensors to torch, whose rows are stored as their format says."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class LowPrecisionTable(WrapperTensor):
     """A table ``[rows, width]`` of float32 values whose rows are stored in a :class:`RowFormat`.
 
     Lookups decode the rows that they read. Fused update rules step rows in float32 and write them back by stochastic
-    rounding. For any other operation of torch it is the decoded table: a copy, which takes 4 bytes per element for as
-    long as it lives. What is assigned, copied or drawn into it is rounded to nearest; other operations in place, such
-    as the step of a torch optimizer, round stochastically.
+    rounding, or unrounded where the format keeps float32 rows and rounds what is read. For any other operation of torch
+    it is the decoded table: a copy, which takes 4 bytes per element for as long as it lives. What is assigned, copied
+    or drawn into it is rounded to nearest; other operations in place, such as the step of a torch optimizer, round as
+    fused rules do.
 
     Args:
         stored: ``[rows, items]`` of the format's dtype.
@@ -104,23 +105,62 @@ class LowPrecisionTable(WrapperTensor):
 
     def to_dense(self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None) -> Tensor:
         """The values: float32 ``[rows, width]``."""
+        return self._decoded(self.format.decode, dtype)
+
+    def all_unrounded(self) -> Tensor:
+        """What an optimizer steps: float32 ``[rows, width]``."""
+        return self._decoded(self.format.unrounded)
+
+    def _decoded(self, decode: Callable[[Tensor, int], Tensor], dtype: torch.dtype | None = None) -> Tensor:
         out = torch.empty(self.shape, dtype=dtype or torch.float32, device=self.device)
         for start, stored in self.pieces():
-            out[start : start + len(stored)] = self.format.decode(stored, self.shape[1])
+            out[start : start + len(stored)] = decode(stored, self.shape[1])
         return out
 
-    def rounded(self, rows: Tensor, values: Tensor, step: int) -> Tensor:
-        """Stored rows of float32 ``values [n, width]`` in a step of the optimizer: ``[n, items]``."""
-        words = random_words(rows, self.shape[1], self.seed, step) if self.format.stochastic else None
-        return self.format.encode(values, words)
+    def distances(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Distance of two codes in each of rows ``[start, stop)``: float32 ``[n, 1]``; 0 for floats."""
+        stored = self.stored[start:stop]
+        if self.format.learns:
+            return self.format.steps_of(stored)
+        return torch.full((len(stored), 1), self.format.step, device=self.device)
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def unrounded(self, rows: Tensor) -> Tensor:
+        """What an optimizer steps of int64 ``rows [n]``: float32 ``[n, width]``."""
+        return self.format.unrounded(self.stored.index_select(0, rows), self.shape[1])
+
+    def _words(self, rows: Tensor, step: int) -> Tensor | None:
+        """Random bits of rows, and of their steps where they learn, in a step of the optimizer."""
+        if not self.format.stochastic or self.format.has_master:
+            return None
+        return random_words(rows, self.shape[1] + self.format.learns, self.seed, step)
 
     def after_step(self, rows: Tensor, values: Tensor, step: int) -> Tensor:
-        """The values of rows ``[n, width]`` once they are rounded in a step of the optimizer."""
-        return self.format.decode(self.rounded(rows, values, step), self.shape[1])
+        """What an optimizer steps next ``[n, width]``, once a step without a gradient has made ``values``."""
+        if self.format.has_master:
+            return values
+        stored, words = self.stored.index_select(0, rows), self._words(rows, step)
+        words = None if words is None else words[:, : self.shape[1]]
+        return self.format.decode(self.format.put_back(stored, values, words), self.shape[1])
+
+    def put_back(self, rows: Tensor, values: Tensor) -> None:
+        """Write distinct rows that :meth:`after_step` has made."""
+        self.stored.index_copy_(0, rows, self.format.put_back(self.stored.index_select(0, rows), values))
 
     def step_rows(self, rows: Tensor, values: Tensor, step: int) -> None:
-        """Write distinct rows in a step of the optimizer, as its format rounds them."""
-        self.stored.index_copy_(0, rows, self.rounded(rows, values, step))
+        """Write distinct rows in a step of the optimizer, as their format rounds them."""
+        stored = self.stored.index_select(0, rows)
+        self.stored.index_copy_(0, rows, self.format.stepped(stored, values, self._words(rows, step)))
+
+    def step_all(self, values: Tensor) -> None:
+        """Write all rows in a step of an optimizer of torch; those that it has not moved stay as they are."""
+        self.writes += 1
+        for start, stored in self.pieces():
+            after = values[start : start + len(stored)]
+            moved = (after != self.format.unrounded(stored, self.shape[1])).any(1).nonzero().squeeze(1)
+            words = self._words(moved + start, self.writes)
+            stored.index_copy_(0, moved, self.format.stepped(stored.index_select(0, moved), after[moved], words))
 
     def write(self, rows: Tensor, values: Tensor) -> None:
         """Write distinct rows, rounded to nearest."""
@@ -158,7 +198,7 @@ class LowPrecisionTable(WrapperTensor):
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> LowPrecisionTable:
         """The table after what ``nn.Module._apply`` does to tensors; conversions to other floats leave it as it is."""
-        if self.format.bits is not None:
+        if self.stored.dtype is torch.uint8:
             stored = fn(self.stored)
         else:
             stored = fn(self.stored.view(torch.uint8)).view(self.format.dtype)
@@ -257,6 +297,11 @@ def stored_rows(table: Tensor) -> Tensor:
     return table.stored if isinstance(table, LowPrecisionTable) else table
 
 
+def rows_to_step(table: Tensor, rows: Tensor) -> Tensor:
+    """What an optimizer steps of int64 ``rows [n]`` of a table: a copy."""
+    return table.unrounded(rows) if isinstance(table, LowPrecisionTable) else table.index_select(0, rows)
+
+
 def step_rows(table: Tensor, rows: Tensor, values: Tensor, step: int) -> None:
     """Write distinct rows of a table in a step of its optimizer, in place.
 
@@ -347,7 +392,7 @@ def _add_(table: LowPrecisionTable, other: Any, *, alpha: float = 1) -> Any:
     other = other.coalesce()
     rows = other.indices()[0]
     table.writes += 1
-    table.step_rows(rows, table.read(rows).add_(other.values(), alpha=alpha), table.writes)
+    table.step_rows(rows, table.unrounded(rows).add_(other.values(), alpha=alpha), table.writes)
     return table
 
 
@@ -379,31 +424,37 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 
 def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Any operation on decoded copies; a table that it changed in place is rounded and stored."""
+    """Any operation on decoded copies; a table that it changes in place is rounded and stored."""
     arguments = func._schema.arguments
     if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
         raise ConfigError(
             f"{func.name().removeprefix('aten::')}: a table of few bits has views of its rows alone, "
             "`table[start:stop]`; read to_dense(), a copy, or write rows, `table[rows] = values`"
         )
+    named = dict(zip((a.name for a in arguments), args, strict=False)) | dict(kwargs)
+    written: dict[int, LowPrecisionTable] = {}
+    for argument in arguments:
+        value = named.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            listed = value if isinstance(value, (list, tuple)) else (value,)
+            written |= {id(t): t for t in listed if isinstance(t, LowPrecisionTable)}
     dense: dict[int, Tensor] = {}
 
     def given(x: Any) -> Any:
         if isinstance(x, LowPrecisionTable):
-            return x.stored if func.namespace == "c10d" else dense.setdefault(id(x), x.to_dense())
+            if func.namespace == "c10d":
+                return x.stored
+            if id(x) not in dense:
+                dense[id(x)] = x.to_dense() if id(x) not in written else x.all_unrounded()
+            return dense[id(x)]
         return type(x)(given(v) for v in x) if isinstance(x, (list, tuple)) else x
 
     out = func(*[given(x) for x in args], **{k: given(v) for k, v in kwargs.items()})
-    named = dict(zip((a.name for a in arguments), args, strict=False)) | dict(kwargs)
     changed: dict[int, LowPrecisionTable] = {}
-    for argument in arguments:
-        value = named.get(argument.name)
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        for table in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(table, LowPrecisionTable) and id(table) in dense:
-                _store(table, dense[id(table)], func)
-                changed[id(dense[id(table)])] = table
+    for number, table in written.items():
+        if number in dense:
+            _store(table, dense[number], func)
+            changed[id(dense[number])] = table
     if isinstance(out, (list, tuple)):
         return type(out)([changed.get(id(x), x) for x in out])
     return changed.get(id(out), out)
@@ -413,7 +464,4 @@ def _store(table: LowPrecisionTable, values: Tensor, func: Any) -> None:
     if func._schema.name.removeprefix("aten::") in _GIVEN:
         table.fill_from(lambda start, count: values[start : start + count])
         return
-    table.writes += 1
-    for start, stored in table.pieces():
-        rows = torch.arange(start, start + len(stored), device=table.device)
-        stored.copy_(table.rounded(rows, values[start : start + len(stored)], table.writes))
+    table.step_all(values)
