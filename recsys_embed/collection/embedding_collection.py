@@ -71,6 +71,8 @@ class EmbeddingCollection(FusedTables):
 
     # What finding the tables of a model takes these modules for.
     table_kind: ClassVar[str] = "collection"
+    # Whether an exported file filled it: rows are then as they are served, whatever the plan says.
+    from_file: bool = False
 
     def __init__(
         self,
@@ -384,7 +386,7 @@ class EmbeddingCollection(FusedTables):
 
     def _held_tables(self) -> Iterator[tuple[Table, int]]:
         """Tables that parameters hold, of rows and of heads, with the bytes of their elements."""
-        if self.served is not None:
+        if self.from_file:
             return
         of_heads = self.bundle.heads.tables()
         for key, table in self.tables.items():

@@ -111,7 +111,7 @@ class MethodConfig(ABC):
         option = "precisions" if self.has_own_precisions else "precision"
         given = getattr(self, option) if self.has_own_precisions else (self.precision,)
         known = TRAINED.get(self.quantization, given)
-        untrained = [kind for kind in given if kind not in known]
+        untrained = [kind for kind in given if kind not in (*known, "dropped")]
         if untrained:
             verb = "rounds" if self.quantization == "lsq" else "stores"
             faults.append(
