@@ -78,7 +78,10 @@ class MethodConfig(ABC):
     )
     rounding: Rounding = param("stochastic", "of updates of rows that train in `precision`")
     quantization_step: float | None = param(
-        None, "distance of two codes, for integers that train; of alpt, the least to start from", above=0, high=256
+        None,
+        "distance of two codes, for integers that train; of learned steps, the least to start from",
+        above=0,
+        high=256,
     )
     quantization_step_lr: float = param(
         STEP_RATE, "learning rate of learned steps (alpt, lsq), as a part of that of the rows", low=0, high=10
