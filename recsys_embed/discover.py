@@ -285,8 +285,8 @@ def _torchrec_tables(module: nn.Module) -> tuple[TableKind, str, nn.ModuleDict] 
 
 def _tensor_key(tensor: Tensor) -> Any:
     """What two parameters over the same memory have in common; works without memory, on the meta device."""
-    held: Tensor = getattr(tensor, "stored", tensor)  # of a low-precision table, the memory of its rows
-    return (held.untyped_storage()._cdata, held.storage_offset(), held.numel())
+    tensor = getattr(tensor, "stored", tensor)  # rows that train in few bits lie in another tensor
+    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel())
 
 
 def _weight_key(module: nn.Module) -> Any:

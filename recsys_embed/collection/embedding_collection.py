@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -29,7 +29,6 @@ from recsys_embed.kernels.fused_gather import FusedGather
 from recsys_embed.kernels.id_checks import check_id_dtype, given_ids
 from recsys_embed.kernels.indexes import IndexStore
 from recsys_embed.kernels.low_precision_states import STORED_NUMBERS, low_precision_tables, numbers_to_save
-from recsys_embed.kernels.low_precision_table import LowPrecisionTable
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.masks import Masking
@@ -75,6 +74,10 @@ class EmbeddingCollection(FusedTables):
 
     # What finding the tables of a model takes these modules for.
     table_kind: ClassVar[str] = "collection"
+    # Whether rows train in few bits.
+    _few_bits = False
+    # Whether an exported file filled it: rows are then as they are served, whatever the plan says.
+    from_file: bool = False
 
     def __init__(
         self,
@@ -121,6 +124,7 @@ class EmbeddingCollection(FusedTables):
             )
         super().__init__(shapes, optimizer, like.device, like.dtype, backend, formats, seed)
         self.schema, self.plan, self.seed, self.sparse = schema, plan, seed, sparse
+        self._few_bits = bool(formats)
         self.tables, self.places = tables, places
         # What a loaded export reads in place of its tables.
         self.served: StoredTables | None = None
@@ -266,11 +270,8 @@ class EmbeddingCollection(FusedTables):
         Raises:
             IdRangeError: names the first feature with an unseen id that neither its ``unseen`` nor its method takes.
         """
-        if torch.compiler.is_compiling() and any(isinstance(t, LowPrecisionTable) for t in self._parameters.values()):
-            raise ConfigError(
-                "torch.compile and torch.export do not trace rows that train in few bits; leave the collection out "
-                "(torch.compiler.disable), or export() and load() the model, whose rows are plain tensors"
-            )
+        if self._few_bits and torch.compiler.is_compiling():
+            return self._apart("forward")(self, ids, offsets, per_sample_weights, mask=mask)
         stepping = self._stepping
         if not stepping:
             self._catch_up_before_reading()
@@ -343,6 +344,8 @@ class EmbeddingCollection(FusedTables):
         >>> history.shape, bool(history[0, 2].any()), torch.equal(history[0, 0], coll.lookup("item", torch.tensor(7)))
         (torch.Size([2, 3, 4]), False, True)
         """
+        if self._few_bits and torch.compiler.is_compiling():
+            return self._apart("lookup")(self, feature, ids)
         stepping = self._stepping
         bundle: LookupBundle = self._modules["bundle"]  # type: ignore[assignment]
         number = bundle.position(feature)
@@ -363,6 +366,15 @@ class EmbeddingCollection(FusedTables):
         else:
             out = bundle.unpooled_batched(number, batched, flat, found[1], step, self.sparse)
         return out.view(*given.shape, out.shape[1])
+
+    def _apart(self, name: str) -> Callable[..., Tensor]:
+        """A method that compiled code leaves to Python, because the compiler does not know rows of few bits."""
+        if torch.compiler.is_exporting():
+            raise ConfigError(
+                "torch.export does not trace rows that train in few bits; export() and load() the model, whose rows "
+                "are plain tensors"
+            )
+        return _APART[name]
 
     def _step_of(self, batched: BatchedLookup | None, stepping: bool) -> tuple[NativeStep | None, Gather]:
         """What kernels, and the torch operations beside them, do in backward: one step together."""
@@ -388,7 +400,7 @@ class EmbeddingCollection(FusedTables):
 
     def _held_tables(self) -> Iterator[tuple[Table, int]]:
         """Tables that parameters hold, of rows and of heads, with the bytes of their elements."""
-        if self.served is not None:
+        if self.from_file:
             return
         of_heads = self.bundle.heads.tables()
         for key, table in self.tables.items():
@@ -467,3 +479,6 @@ def _say_what_torch_runs(programs: Mapping[str, LookupProgram], named: str | Non
     if named is not None:
         way_out = "'auto' runs these on torch and the others batched, 'torch' runs all"
         raise_faults(faults, f"backend {named!r}; {way_out}", BackendError)
+
+
+_APART = {name: torch._disable_dynamo(getattr(EmbeddingCollection, name)) for name in ("forward", "lookup")}

@@ -75,6 +75,14 @@ class TableReplacement:
         itemsize = self.table.dtype.itemsize
         return self.config.footprint(self.trial.spec, itemsize).serve - sum(t.nbytes(itemsize) for t in self.shared())
 
+    def held_bytes(self) -> int:
+        """Bytes that this table alone holds while it trains."""
+        if self.trial is None:
+            return self.own_bytes()
+        itemsize = self.table.dtype.itemsize
+        whole = self.config.footprint(self.trial.spec, itemsize)
+        return whole.serve + whole.unrounded - sum(t.trained_bytes(itemsize) for t in self.shared())
+
 
 def call_options(module: nn.Module) -> dict[str, Any]:
     """Constructor arguments of torch's modules and of drop-ins that affect how they are called."""

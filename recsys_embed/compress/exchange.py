@@ -24,7 +24,6 @@ from recsys_embed.compress.references import (
     referent,
 )
 from recsys_embed.discover import join_path
-from recsys_embed.kernels.low_precision_table import stored_rows
 from recsys_embed.kernels.pointers import memory_of
 
 # How deep and how far references are followed from one attribute of the model.
@@ -282,7 +281,7 @@ class ModuleExchange:
 
 def _storage_address(tensor: Tensor) -> int:
     try:
-        return memory_of(stored_rows(tensor).untyped_storage())
+        return memory_of(getattr(tensor, "stored", tensor).untyped_storage())  # of rows that train in few bits
     except (NotImplementedError, RuntimeError):  # sparse, or without a storage of its own
         return 0
 

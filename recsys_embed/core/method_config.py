@@ -78,7 +78,10 @@ class MethodConfig(ABC):
     )
     rounding: Rounding = param("stochastic", "of updates of rows that train in `precision`")
     quantization_step: float | None = param(
-        None, "distance of two codes, for integers that train; of alpt, the least to start from", above=0, high=256
+        None,
+        "distance of two codes, for integers that train; of learned steps, the least to start from",
+        above=0,
+        high=256,
     )
     quantization_step_lr: float = param(
         STEP_RATE, "learning rate of learned steps (alpt, lsq), as a part of that of the rows", low=0, high=10
@@ -111,7 +114,7 @@ class MethodConfig(ABC):
         option = "precisions" if self.has_own_precisions else "precision"
         given = getattr(self, option) if self.has_own_precisions else (self.precision,)
         known = TRAINED.get(self.quantization, given)
-        untrained = [kind for kind in given if kind not in known]
+        untrained = [kind for kind in given if kind not in (*known, "dropped")]
         if untrained:
             verb = "rounds" if self.quantization == "lsq" else "stores"
             faults.append(

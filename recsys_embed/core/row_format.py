@@ -223,16 +223,16 @@ class RowFormat:
     def first_steps(self, values: Tensor) -> Tensor:
         """Steps with which rows of float32 ``values [n, width]`` start: ``[n, 1]``.
 
-        Of ``"alpt"`` the table's, or as much as the largest number needs; of ``"lsq"``
-        ``2 * mean(|row|) / sqrt(2**(bits - 1) - 1)``.
+        Of ``"alpt"`` as the largest number needs; of ``"lsq"`` ``2 * mean(|row|) / sqrt(2**(bits - 1) - 1)``. At least
+        ``step``, because rows that start near 0 soon leave it.
         """
         size = values.abs()
         if self.has_master:
             found = 2 * size.mean(1, keepdim=True) / math.sqrt(self._most_code)
-            found = torch.where(found > 0, found, self.step)
-            return found.nan_to_num(self.step).clamp(_LEAST_STEP, _MOST_STEP)
-        found = (size.amax(1, keepdim=True) / self._most_code).clamp_min(self.step).nan_to_num(self.step, _MOST_STEP)
-        return found.clamp(_LEAST_STEP, _MOST_STEP).half().float()
+        else:
+            found = size.amax(1, keepdim=True) / self._most_code
+        found = found.clamp_min(self.step).nan_to_num(self.step, _MOST_STEP).clamp(_LEAST_STEP, _MOST_STEP)
+        return found if self.has_master else found.half().float()
 
     def _moved_steps(self, moved: Tensor, scaled: Tensor, steps: Tensor) -> Tensor:
         """Steps of rows after a step of the optimizer: float32 ``[n, 1]``.

@@ -87,6 +87,8 @@ class ModuleTables(nn.Module):
 
     # Set where the module has taken the place of a plain one, whose users read `weight` as one row per id.
     stands_in: bool = False
+    # Whether an exported file filled it: rows are then as they are served, whatever the configuration says.
+    from_file: bool = False
     _renamed: bool = False
     # Whether the initial weights are a function of the configuration's seed; else torch's generator draws one.
     _seeded: bool = True
@@ -246,9 +248,10 @@ class ModuleTables(nn.Module):
     def footprint(self) -> Footprint:
         """Bytes this module serves and trains with (without optimizer state)."""
         cached = Footprint(index=0 if self.caches is None else self.caches.nbytes)
-        if self.served is not None:
+        if self.from_file:
+            rows = Footprint() if self.served is None else self.served.footprint()
             own = sum(p.nbytes for p in self.parameters())
-            return self.served.footprint() + Footprint(own, self.kernel.index.nbytes) + cached
+            return rows + Footprint(own, self.kernel.index.nbytes) + cached
         return self.config.footprint(self.spec, next(self.parameters()).element_size()) + cached
 
     # -- tables shared with other modules -------------------------------------------------------------------------

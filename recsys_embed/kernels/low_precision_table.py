@@ -441,7 +441,9 @@ def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
         raise ConfigError(
             f"{func.name().removeprefix('aten::')}: a table of few bits has views of its rows alone, "
-            "`table[start:stop]`; read to_dense(), a copy, or write rows, `table[rows] = values`"
+            "`table[start:stop]`; read to_dense(), a copy, or write rows, `table[rows] = values`. "
+            "DistributedDataParallel takes modules that start equal in all processes by init_sync=False, FSDP leaves "
+            "them out by ignored_params"
         )
     named = dict(zip((a.name for a in arguments), args, strict=False)) | dict(kwargs)
     written: dict[int, LowPrecisionTable] = {}
