@@ -54,7 +54,7 @@ def test_readers_of_a_shared_table_agree_on_its_rows() -> None:
     described = Table("unified", 100, 4, Initializer("uniform", 0.05), shared=True)
     tables = SharedTables([described])
     UnifiedEmbedding(1000, 16, num_buckets=100, name="a", shared=tables)
-    with pytest.raises(ConfigError, match="has rows served at fp32; .* needs rows served at int8 that train as"):
+    with pytest.raises(ConfigError, match=r"has rows served at fp32; .* needs rows served at int8 that train as"):
         UnifiedEmbedding(1000, 16, num_buckets=100, name="b", shared=tables, **LPT)
 
 
