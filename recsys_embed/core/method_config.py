@@ -128,7 +128,8 @@ class MethodConfig(ABC):
 
     def rounded_at_export(self) -> Self:
         """The same tables, whose rows train unrounded."""
-        return replace(self, **{name: default for name, default in _UNSAID.items() if name != "precision"})
+        unsaid: dict[str, Any] = {name: default for name, default in _UNSAID.items() if name != "precision"}
+        return replace(self, **unsaid)
 
     def _idle_faults(self) -> list[str]:
         """Faults: options of training in few bits that would change nothing."""
