@@ -151,7 +151,7 @@ class CompressedEmbedding(ModuleTables):
         self._seeded = config is not None or "seed" in params
         self.reset_parameters()
         self._given = frozenset()
-        if type(self).get_extra_state is not nn.Module.get_extra_state:
+        if self._has_extra_state:
             self._show_extra_state()
 
     # -- lookup ---------------------------------------------------------------------------------------------------
