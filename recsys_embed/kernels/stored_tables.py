@@ -269,8 +269,8 @@ class Stored(Constants):
         group = torch.div(pos, layout.block, rounding_mode="floor") + n.stored
         stored = self.data.view(-1, layout.items)
         size = layout.width * (layout.bits or 8) // 8
-        words = [layout.head, layout.items, size, self.data.storage_offset()]
-        if not torch.compiler.is_compiling() and all(number % 4 == 0 for number in words):
+        whole = not any(number % 4 for number in (layout.head, layout.items, size))
+        if whole and not torch.compiler.is_compiling() and self.data.storage_offset() % 4 == 0:
             # Fewer elements are copied in less time.
             parts, head = stored.view(torch.int32), layout.head // 4
         else:
