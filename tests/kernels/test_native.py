@@ -464,7 +464,7 @@ def test_bags_are_those_of_the_definition(
         weights = weights if weighted and pooling == "sum" else None
         got = ours(values, offsets, weights)
         wanted = oracle(values, offsets, None if weights is None else weights.double())
-        torch.testing.assert_close(got.double(), wanted, rtol=3e-5, atol=1e-5)
+        torch.testing.assert_close(got.double(), wanted, rtol=3e-5, atol=1e-4)  # sums of 130 rows
         upstream = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         step.zero_grad()
         got.backward(upstream.float())
