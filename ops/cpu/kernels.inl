@@ -6,6 +6,7 @@
 #include "masks.inl"
 #include "lookup.inl"
 #include "rounding.inl"
+#include "learned_steps.inl"
 #include "states.inl"
 #include "rules.inl"
 #include "rows.inl"

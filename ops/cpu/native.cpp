@@ -24,6 +24,13 @@
 #include <immintrin.h>
 #endif
 
+// Of what is called once for many rows: not compiled again for each caller, or for each constant that one passes.
+#if defined(__GNUC__) && !defined(__clang__)
+#define RSE_ONCE __attribute__((noinline, noclone))
+#else
+#define RSE_ONCE __attribute__((noinline))
+#endif
+
 namespace {
 
 constexpr i64 CHUNK = 256;  // most ids per call of a transform

@@ -112,6 +112,7 @@ struct Stored {
   i64 kind, bytes;                                 // precision, and bytes from one row to the next; 0: floats
   i64 seed, stochastic;                            // of the rounding; not stochastic: to nearest
   double step;                                     // distance of two codes
+  double step_rate;                                // of rows that have steps, which learn: INT8 and INT4
 };
 
 // How elements of a state are stored: in 16 or 8 bits; or, with 0, as floats or integers.

@@ -32,7 +32,7 @@ struct Portion {
 };
 
 // Reads the marks of a share's lookups in their order, a portion at a time.
-template <int W, bool PAIR>
+template <int W>
 class Portions {
  public:
   Portions(const Update& u, const float* table, const Share& share, const Bases& bases, i64 width)
@@ -79,13 +79,13 @@ class Portions {
     Items& items = to.of[kind];
     Item& item = items.all[items.count++];
     item.gradient = read.base.gradient + from * read.base.stride;
-    item.other = PAIR && read.base.other ? read.base.other + from * read.base.other_stride : nullptr;
+    item.other = read.base.other ? read.base.other + from * read.base.other_stride : nullptr;
     item.sum = read.table->sums + place * width_;
     item.row = shared ? read.table->row_of[place] : mark;
     item.factor = read.base.factor;
     const i64 width = width_of<W>(width_);
     prefetch<2>(item.gradient, 4 * width);
-    if (PAIR && item.other) prefetch<2>(item.other, 4 * width);
+    if (item.other) prefetch<2>(item.other, 4 * width);
     if (items.count > Items::AHEAD || kind == NO_ROW) return;
     if (kind != ALONE) prefetch<2>(item.sum, 4 * width);
     if (kind & LAST) prefetch_state(update_, table_, item.row, width);
@@ -100,21 +100,25 @@ class Portions {
 };
 
 // to = gradient, or with ADD to + gradient, of an item.
-template <int W, bool PAIR, bool ADD>
+template <int W, bool ADD>
 static inline __attribute__((always_inline)) void take_gradient(const Item& item, float* to, i64 w) {
-  blocks<W>(width_of<W>(w), [&](auto lanes, i64 k) {
-    auto v = lanes.load(item.gradient + k) * item.factor;
-    if (PAIR && item.other) v *= lanes.load(item.other + k);
-    lanes.store(to + k, ADD ? lanes.load(to + k) + v : v);
-  });
+  auto take = [&](auto by) __attribute__((always_inline)) {
+    blocks<W>(width_of<W>(w), [&](auto lanes, i64 k) __attribute__((always_inline)) {
+      auto v = lanes.load(item.gradient + k) * item.factor;
+      if (decltype(by)::value) v *= lanes.load(item.other + k);
+      lanes.store(to + k, ADD ? lanes.load(to + k) + v : v);
+    });
+  };
+  if (item.other) take(std::true_type());
+  else take(std::false_type());
 }
 
 // Sums of a share's rows, and the steps of those whose gradient is complete.
-template <int W, bool PAIR>
-static void stream(const Update& u, float* table, i64 w, const Bases& bases, const Share& share) {
+template <int W>
+static RSE_ONCE void stream(const Update& u, float* table, i64 w, const Bases& bases, const Share& share) {
   const i64 width = width_of<W>(w);
   Row<W * Items::MOST> memory(width * Items::MOST);
-  Portions<W, PAIR> portions(u, table, share, bases, width);
+  Portions<W> portions(u, table, share, bases, width);
   std::unique_ptr<Portion[]> two(new Portion[2]);
   Portion *now = &two[0], *later = &two[1];
   Summed rows[Items::MOST];
@@ -124,7 +128,7 @@ static void stream(const Update& u, float* table, i64 w, const Bases& bases, con
       const Items& items = now->of[kind];
       for (i64 i = 0; i < items.count; i++) {
         if (i + Items::AHEAD < items.count) prefetch<2>(items.all[i + Items::AHEAD].sum, 4 * width);
-        take_gradient<W, PAIR, decltype(add)::value>(items.all[i], items.all[i].sum, w);
+        take_gradient<W, decltype(add)::value>(items.all[i], items.all[i].sum, w);
       }
     };
     sum(FIRST, std::false_type());
@@ -135,10 +139,10 @@ static void stream(const Update& u, float* table, i64 w, const Bases& bases, con
     for (i64 i = 0; i < now->of[ALONE].count; i++) {
       const Item& item = now->of[ALONE].all[i];
       float* own = const_cast<float*>(item.gradient);
-      if ((PAIR && item.other) || item.factor != 1.f || u.decay != 0) take_gradient<W, PAIR, false>(item, own = memory.data() + i * width, w);
+      if (item.other || item.factor != 1.f || u.decay != 0) take_gradient<W, false>(item, own = memory.data() + i * width, w);
       rows[count++] = {item.row, own};
     }
     const i64 at = u.rule.number == SPARSE_GRADIENT ? claim(u, count) : 0;
-    update_rows<W, Items::AHEAD>(u, table, rows, count, at, w);
+    update_rows<W>(u, table, rows, count, Items::AHEAD, at, w);
   }
 }

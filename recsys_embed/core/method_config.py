@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from recsys_embed.core.footprint import Footprint, format_bytes, parse_bytes
 from recsys_embed.core.precision import Precision
 from recsys_embed.core.program import LookupProgram
-from recsys_embed.core.row_format import TRAINED, Quantization, Rounding
+from recsys_embed.core.row_format import STEP_RATE, TRAINED, Quantization, Rounding
 from recsys_embed.errors import BudgetError, ConfigError, raise_faults
 from recsys_embed.features import FeatureSpec
 from recsys_embed.utils.deprecated import warn_renamed
@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 __all__ = ["MethodConfig", "param"]
 
 
-_UNSAID = {"precision": "fp32", "quantization": "ptq", "rounding": "stochastic", "quantization_step": None}
+_UNSAID = {
+    "precision": "fp32",
+    "quantization": "ptq",
+    "rounding": "stochastic",
+    "quantization_step": None,
+    "quantization_step_lr": STEP_RATE,
+}
 """Options that files leave out at their defaults, as earlier versions did."""
 
 
@@ -66,10 +72,20 @@ class MethodConfig(ABC):
         "fp32", "of rows in exported files; they train unrounded unless `quantization` says so"
     )
     quantization: Quantization = param(
-        "ptq", "how rows get to `precision`: rounded once trained, or stored in it while they train (lpt)"
+        "ptq",
+        "how rows get to `precision`: rounded once trained; stored in it while they train, at a fixed step (lpt) or at "
+        "one that each row learns (alpt); or trained in float32 and read rounded, at a learned step (lsq)",
     )
     rounding: Rounding = param("stochastic", "of updates of rows that train in `precision`")
-    quantization_step: float | None = param(None, "distance of two codes, for integers that train", above=0, high=256)
+    quantization_step: float | None = param(
+        None,
+        "distance of two codes, for integers that train; of learned steps, the least to start from",
+        above=0,
+        high=256,
+    )
+    quantization_step_lr: float = param(
+        STEP_RATE, "learning rate of learned steps (alpt, lsq), as a part of that of the rows", low=0, high=10
+    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -97,11 +113,13 @@ class MethodConfig(ABC):
             faults.append(f"`precision` is for rows of tables, and these are computed; got {self.precision!r}")
         option = "precisions" if self.has_own_precisions else "precision"
         given = getattr(self, option) if self.has_own_precisions else (self.precision,)
-        untrained = [kind for kind in given if kind not in TRAINED]
-        if self.quantization != "ptq" and untrained:
+        known = TRAINED.get(self.quantization, given)
+        untrained = [kind for kind in given if kind not in (*known, "dropped")]
+        if untrained:
+            verb = "rounds" if self.quantization == "lsq" else "stores"
             faults.append(
-                f"`quantization={self.quantization!r}` stores rows at `{option}` while they train, one of "
-                f"{', '.join(TRAINED)}; got {untrained[0]!r}"
+                f"`quantization={self.quantization!r}` {verb} rows at `{option}` while they train, one of "
+                f"{', '.join(known)}; got {untrained[0]!r}"
             )
         return faults
 
@@ -132,7 +150,7 @@ class MethodConfig(ABC):
         program = program if self.precision == "fp32" else program.at_precision(self.precision)
         if self.quantization == "ptq":
             return program
-        return program.trained(self.quantization_step, self.rounding)
+        return program.trained(self.quantization_step, self.rounding, self.quantization, self.quantization_step_lr)
 
     @property
     def computes(self) -> bool:

@@ -114,13 +114,13 @@ class Layout:
         """Bytes of a table of ``rows`` rows."""
         return self.stored_rows(rows) * self.row_bytes
 
-    def encode(self, values: Tensor, search: Search = "minmax", step: float | None = None) -> Tensor:
+    def encode(self, values: Tensor, search: Search = "minmax", step: float | Tensor | None = None) -> Tensor:
         """Stored rows of ``values [n, width]``: ``[stored_rows(n), items]``.
 
         The last block is padded with copies of its last row.
 
         Args:
-            step: of integers that were trained at one, whose codes are kept.
+            step: of integers that were trained at one, whose codes are kept; of all rows, or ``[n, 1]``.
         """
         if not self.scaled:
             return values.to(self.dtype)
@@ -128,7 +128,7 @@ class Layout:
         if self.block > 1:
             missing = self.stored_rows(len(flat)) * self.block - len(flat)
             flat = torch.cat([flat, flat[-1:].expand(missing, -1)]).view(-1, self.block * self.width)
-        if self.bits is not None and step:
+        if self.bits is not None and step is not None:
             return at_step(flat, self.bits, step)
         return to_fp8(flat) if self.bits is None else quantise(flat, self.bits, search)
 
@@ -236,25 +236,24 @@ def quantise(values: Tensor, bits: int, search: Search = "minmax") -> Tensor:
     return _packed(_codes(values, scale, bias, levels), bits, scale, bias)
 
 
-def at_step(values: Tensor, bits: int, step: float) -> Tensor:
+def at_step(values: Tensor, bits: int, step: float | Tensor) -> Tensor:
     """As :func:`quantise`, for values that are multiples of a step: code ``q + 2**(bits - 1)`` of ``q * step``.
+
+    Args:
+        step: of all rows, or ``[n, 1]``.
 
     >>> rows = torch.tensor([[-1.0, 0.25, 0.0, 1.75]])
     >>> dequantise(at_step(rows, 4, 0.25), 4, 4).tolist()
     [[-1.0, 0.25, 0.0, 1.75]]
     """
-    scale = torch.full((len(values), 1), step, device=values.device)
+    scale = torch.as_tensor(step, dtype=torch.float32, device=values.device).expand(len(values), 1)
     bias = scale * -(1 << (bits - 1))
     return _packed(_codes(values, scale, bias, (1 << bits) - 1), bits, scale, bias)
 
 
 def _packed(numbers: Tensor, bits: int, scale: Tensor, bias: Tensor) -> Tensor:
     """Codes behind their scale and bias."""
-    codes = numbers.to(torch.uint8)
-    per = 8 // bits
-    if per > 1:
-        codes = F.pad(codes, (0, -codes.shape[1] % per)).view(len(codes), -1, per)
-        codes = (codes << (torch.arange(per, device=codes.device) * bits).to(torch.uint8)).sum(2, dtype=torch.uint8)
+    codes = packed(numbers.to(torch.uint8), bits)
     head = torch.cat([scale, bias], 1).half().contiguous().view(torch.uint8)
     return torch.cat([head, codes], 1)
 
@@ -321,6 +320,15 @@ def dequantise(rows: Tensor, bits: int, width: int) -> Tensor:
     codes = unpacked(rows[:, HEAD:], bits)[:, :width]
     # In place: allocating memory costs more than the arithmetic.
     return codes.float().mul_(head[:, :1]).add_(head[:, 1:])
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """Inverse of :func:`unpacked`, 0 beyond the width: uint8 ``[n, width]`` to ``[n, ceil(width * bits / 8)]``."""
+    per = 8 // bits
+    if per == 1:
+        return codes
+    codes = F.pad(codes, (0, -codes.shape[1] % per)).view(len(codes), -1, per)
+    return (codes << (torch.arange(per, device=codes.device) * bits).to(torch.uint8)).sum(2, dtype=torch.uint8)
 
 
 def unpacked(codes: Tensor, bits: int) -> Tensor:

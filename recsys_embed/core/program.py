@@ -21,7 +21,7 @@ from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.heads import Head, PooledCombination, Projection
 from recsys_embed.core.index import Index
 from recsys_embed.core.precision import matrix_bytes, table_bytes
-from recsys_embed.core.row_format import Rounding, RowFormat
+from recsys_embed.core.row_format import STEP_RATE, Rounding, RowFormat
 from recsys_embed.core.transforms import Hash, MixedRadixDigit, Murmur, RankInSet, Sharing, Transform
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import MAX_ROWS, FeatureSpec
@@ -330,11 +330,18 @@ class LookupProgram:
             self, tables=tuple(replace(t, precision=of_heads if t.dense else precision) for t in self.tables)
         )
 
-    def trained(self, step: float | None = None, rounding: Rounding = "stochastic") -> LookupProgram:
-        """The same program with rows that are stored at the precisions of their tables while they train."""
+    def trained(
+        self,
+        step: float | None = None,
+        rounding: Rounding = "stochastic",
+        quantization: str = "lpt",
+        step_rate: float = STEP_RATE,
+    ) -> LookupProgram:
+        """The same program with rows that train at the precisions of their tables, see :class:`RowFormat`."""
 
         def trained(table: Table) -> Table:
-            format = RowFormat.of(table.precision, table.width, table.init.reach, step, rounding)
+            reach = table.init.reach
+            format = RowFormat.of(table.precision, table.width, reach, step, rounding, quantization, step_rate)
             # Served as they train: narrow rows, too, which train as 16-bit floats.
             return replace(table, training=format, precision=format.kind)
 

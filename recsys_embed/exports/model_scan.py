@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -55,11 +55,12 @@ class Storage:
     def width(self) -> int:
         return self.source.width if isinstance(self.source, Stored) else int(self.source.shape[1])
 
-    def step_of(self, precision: str) -> float | None:
-        """The step of its integers, where they were trained at this precision."""
-        if isinstance(self.source, LowPrecisionTable) and self.source.format.kind == precision:
-            return self.source.format.step or None
-        return None
+    def steps_of(self, precision: str) -> Callable[[int, int], Tensor] | None:
+        """Reads the steps ``[n, 1]`` of rows ``[start, stop)`` of integers that were trained at this precision."""
+        source = self.source
+        if not isinstance(source, LowPrecisionTable) or source.format.kind != precision or not source.format.bits:
+            return None
+        return lambda start, stop: source.distances(start, stop).cpu()
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows ``[start, stop)`` as lookups see them, on the CPU."""

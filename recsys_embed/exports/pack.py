@@ -67,7 +67,7 @@ class Packed:
         part: the one chosen of ``candidates``: everything, the used rows, the used rows and columns.
         read: rows ``[start, stop)`` of the table, on the CPU.
         used: mask of the rows that are not zero, or of one row where all are.
-        step: at which its integers were trained.
+        steps: as ``read``, the steps ``[n, 1]`` at which its integers were trained.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Packed:
     read: Read
     used: Tensor
     candidates: tuple[Part, Part, Part]
-    step: float | None = None
+    steps: Read | None = None
     error: RoundingError = field(default_factory=RoundingError)
 
     @property
@@ -98,17 +98,22 @@ class Packed:
         layout = self.part.layout
         columns = None if self.part.columns is None else torch.tensor(self.part.columns)
         for values in self._kept_rows(layout.block):
+            step = None
+            if self.steps is not None:
+                values, step = values[:, :-1], values[:: layout.block, -1:]
             values = values if columns is None else values[:, columns]
-            stored = layout.encode(values, search, self.step).contiguous()
+            stored = layout.encode(values, search, step).contiguous()
             exact = layout.dtype == values.dtype
             self.error.add(values, values if exact else layout.decode(stored)[: len(values)])
             yield stored
 
     def _kept_rows(self, block: int) -> Iterator[Tensor]:
-        """Kept rows in chunks of full blocks; only the last chunk may end with a partial block."""
+        """Kept rows, before their steps, in chunks of full blocks; only the last may end with a partial block."""
         pending: Tensor | None = None
         for start, stop in chunks(self.part.rows, self.width):
             values = self.read(start, stop)
+            if self.steps is not None:
+                values = torch.cat([values, self.steps(start, stop)], 1)
             if self.kept is not None:
                 values = values[self.kept[start:stop]]
             pending = values if pending is None or not len(pending) else torch.cat([pending, values])
@@ -221,7 +226,12 @@ def choose_parts(tables: list[Packed]) -> None:
     chosen = 1 if whole - fewer >= worth else 0
     if (fewer if chosen else whole) - narrower >= worth:
         chosen = 2
-    if too_many_columns([t.candidates[chosen] for t in tables]):
+    parts = [t.candidates[chosen] for t in tables]
+    # Steps that rows have learned are no scales of blocks of rows.
+    if too_many_columns(parts) or any(
+        t.steps is not None and part.columns is not None and part.layout.block > 1
+        for t, part in zip(tables, parts, strict=True)
+    ):
         chosen = 1
     for table in tables:
         table.part = table.candidates[chosen]

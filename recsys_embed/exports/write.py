@@ -201,9 +201,9 @@ class _Writer:
         for storage in self.found.storages:
             tables, start, precision = [], 0, self.rounded or storage.precision
             for name, rows in storage.tables:
-                read = _reader(storage, start)
+                read, steps = _from(start, storage.read), storage.steps_of(precision)
                 packed, wrong = inspect_table(name, read, rows, storage.width, storage.dtype, precision, prune)
-                packed.step = storage.step_of(precision)
+                packed.steps = None if steps is None else _from(start, steps)
                 tables.append(packed)
                 faults += wrong
                 start += rows
@@ -375,8 +375,9 @@ class _Writer:
         )
 
 
-def _reader(storage: Storage, first: int) -> Callable[[int, int], Tensor]:
-    return lambda start, stop: storage.read(first + start, first + stop)
+def _from(first: int, read: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
+    """Reads the rows of a table, which begins at a row of its storage."""
+    return lambda start, stop: read(first + start, first + stop)
 
 
 def _stored(table: Packed, search: Search) -> Callable[[], Iterator[Tensor]]:

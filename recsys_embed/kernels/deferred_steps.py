@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from recsys_embed.kernels.low_precision_table import LowPrecisionTable
+from recsys_embed.kernels.low_precision_table import LowPrecisionTable, rows_to_step
 from recsys_embed.optim import FusedOptimizer
 from recsys_embed.optim.state_format import rounded_state
 
@@ -101,7 +101,7 @@ def catch_up(
             continue
         picked, last = chunk[order[:missed]], last[:missed]
         work = torch.promote_types(weight.dtype, torch.float32)
-        w = weight.index_select(0, picked).to(work)
+        w = rows_to_step(weight, picked).to(work)
         own = {name: form.decoded(state[name].index_select(0, picked)).to(work) for name, form in formats.items()}
         # Steps before the first of the log are part of every row.
         first = max(int(last[0]), log.first)
@@ -118,7 +118,7 @@ def catch_up(
             for name, values in own.items():
                 values[:count] = part[name]
         if isinstance(weight, LowPrecisionTable):
-            weight.write(picked, w)
+            weight.put_back(picked, w)
         else:
             weight[picked] = w.to(weight.dtype)
         for name, values in own.items():

@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.derivatives import needs_torch_gradients, refuse_further_derivatives
-from recsys_embed.kernels.low_precision_table import step_rows
+from recsys_embed.kernels.low_precision_table import rows_to_step, step_rows
 from recsys_embed.kernels.triton import status
 from recsys_embed.optim import FusedOptimizer, RowGradient, sum_duplicates
 from recsys_embed.optim.state_format import read_state, write_state
@@ -101,7 +101,7 @@ def apply_update(
         catch_up(optimizer, weight, state, touched, log, log.step - 1)
         state["last"][touched] = log.step
     picked = read_state(optimizer, state, touched, work)
-    before = weight.index_select(0, touched).to(work)
+    before = rows_to_step(weight, touched).to(work)
     if optimizer.weight_decay:
         sums = sums.add(before, alpha=optimizer.weight_decay)
     step_rows(weight, touched, optimizer.checked_update(before, sums, picked, log.rates[-1], log.step), log.step)

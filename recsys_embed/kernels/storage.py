@@ -43,7 +43,7 @@ def stack_tables(tables: Mapping[str, Table]) -> tuple[dict[str, tuple[int, int]
         # Names of optimizer state begin with that of the storage.
         base = ("" if table.precision == "fp32" else f"{table.precision}_") + f"width{table.width}"
         if table.training is not None:
-            base += "_lpt"
+            base += f"_{table.training.quantization}"
         # Of formats that differ in their step or rounding, later ones are numbered.
         name = current.setdefault(kind, base if base not in shapes else f"{base}_{len(shapes)}")
         rows = shapes.get(name, (0, 0))[0]

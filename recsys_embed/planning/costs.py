@@ -30,9 +30,9 @@ class Costs:
         """Bytes of one physical table."""
         if not self.train:
             return table.nbytes(self.itemsize)
-        weights = self.itemsize * table.elements
+        weights = table.trained_bytes(self.itemsize)
         if self.optimizer is None or table.dense:
-            return 2 * weights
+            return weights + self.itemsize * table.elements  # a gradient of every number
         return weights + self.optimizer.state_bytes(table.rows, table.width)
 
     def own(self, config: MethodConfig, program: LookupProgram, spec: FeatureSpec) -> int:
@@ -48,11 +48,9 @@ class Costs:
         parts = plan.footprint(schema, self.optimizer if self.train else None, self.itemsize)
         if not self.train:
             return parts.serve
-        if self.optimizer is None:
-            return parts.train + parts.weights + parts.unrounded
         gathered = plan.gathered(schema)
         computed = sum(
             plan[s.name].footprint(s, self.itemsize).weights for s in schema.first_readers if s.name not in gathered
         )
-        dense = sum(self.itemsize * t.elements for t in plan.tables(schema).values() if t.dense)
-        return parts.train + computed + dense
+        tables = [t for t in plan.tables(schema).values() if t.dense or self.optimizer is None]
+        return parts.train + computed + sum(self.itemsize * t.elements for t in tables)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
+from tests.fuzz.few_bits import draw_few_bits
 from tests.fuzz.programs import Program, draw
 from tests.fuzz.shrink import explain, failure
 
@@ -20,6 +21,7 @@ def features_of(program: Program) -> list[str]:
     """What the summary counts."""
     made = [f"rule {program.rule or ('none, sparse' if program.sparse else 'none')}"]
     made += [f"method {f.method}" for f in program.features]
+    made += [f"rows by {f.options['quantization']}" for f in program.features if "quantization" in f.options]
     return made + [f"form {s.form}" for s in program.steps]
 
 
@@ -31,11 +33,11 @@ def chunk(seeds: Sequence[int], shrinks: bool = True) -> tuple[Counter[str], lis
     seen: Counter[str] = Counter()
     failures = []
     for seed in seeds:
-        program = draw(seed)
-        seen.update(features_of(program))
-        found = failure(program)
-        if found is not None:
-            failures.append((seed, found[0], (explain(program) or found[1]) if shrinks else found[1]))
+        for program in (draw(seed), draw_few_bits(seed)):
+            seen.update(features_of(program))
+            found = failure(program)
+            if found is not None:
+                failures.append((seed, found[0], (explain(program) or found[1]) if shrinks else found[1]))
     return seen, failures
 
 

@@ -314,7 +314,12 @@ def run(program: Program) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(program.threads)
     try:
-        _run(program)
+        if program.few_bits:
+            from tests.fuzz.few_bits import run_few_bits
+
+            run_few_bits(program)
+        else:
+            _run(program)
     finally:
         torch.set_num_threads(before)
 

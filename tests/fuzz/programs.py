@@ -24,7 +24,7 @@ WIDTHS = (1, 2, 3, 4, 4, 5, 6, 8, 8, 8, 12, 16, 17, 24)
 MOST_BYTES = 300_000
 """Of one feature's tables: larger ones only take time."""
 FEW_BITS = ("quantization", "rounding", "quantization_step", "state_precision")
-"""Options that round at random in every step, which no float64 oracle follows; they have tests over the registries."""
+"""Options that round at random in every step, which no float64 oracle follows: see :mod:`tests.fuzz.few_bits`."""
 HUGE = (-1, -2, 2**31 - 1, 2**31, -(2**31), 2**40 + 7, 2**63 - 1, -(2**63))
 
 
@@ -78,6 +78,8 @@ class Program:
     at_step: bool = False
     # Also hold drop-ins, exports and other numbers of threads against the collection.
     extras: tuple[str, ...] = ()
+    # Rows train in few bits: backends are held against each other alone.
+    few_bits: bool = False
 
     def schema(self) -> Schema:
         return Schema([f.make() for f in self.features])

@@ -9,11 +9,14 @@ import torch
 
 from recsys_embed.optim import list_rules
 from recsys_embed.registry import list_methods
+from tests.fuzz.few_bits import WAYS, draw_few_bits
 from tests.fuzz.programs import FEW_BITS, FORMS, Program, draw
 from tests.fuzz.shrink import explain, shrink
 from tests.tiers import slow_but
 
 CHUNKS, FAST, SIZE = 12, 2, 100
+FEW = 60
+"""Programs of a chunk whose rows train in few bits."""
 
 
 @pytest.mark.parametrize("chunk", slow_but(range(CHUNKS), *range(FAST)))
@@ -27,6 +30,26 @@ def test_backends_agree(chunk: int) -> None:
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("chunk", slow_but(range(CHUNKS), 0))
+def test_backends_agree_on_rows_of_few_bits(chunk: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = [text for seed in range(chunk * FEW, (chunk + 1) * FEW) if (text := explain(draw_few_bits(seed)))]
+    finally:
+        torch.set_num_threads(before)
+    assert not found, "\n".join(found)
+
+
+def test_every_method_that_can_draws_rows_of_few_bits() -> None:
+    features = [f for seed in range(CHUNKS * SIZE) for f in draw_few_bits(seed).features]
+    drawn = {f.method for f in features if f.options.get("quantization", "ptq") != "ptq"}
+    assert {f.options.get("quantization") for f in features} == {None, *WAYS}
+    for method in list_methods():
+        computed = all(f.config().computes for f in features if f.method == method.name)
+        assert (method.name in drawn) is not computed, method.name
+
+
 def test_programs_hold_everything_that_is_registered() -> None:
     programs = [draw(seed) for seed in range(CHUNKS * SIZE)]
     features = [f for p in programs for f in p.features]
@@ -38,12 +61,9 @@ def test_programs_hold_everything_that_is_registered() -> None:
     for method in list_methods():
         those = [f for f in features if f.method == method.name]
         options = {k for f in those for k in f.options}
-        # Rows that are computed have no precision.
-        declared = (
-            {f.name for f in fields(method.config_cls)}
-            - ({"precision"} if those[0].config().computes else set())
-            - set(FEW_BITS)
-        )
+        # Rows that are computed have no precision, and some tables have their own.
+        own = method.config_cls.has_own_precisions or those[0].config().computes
+        declared = {f.name for f in fields(method.config_cls)} - ({"precision"} if own else set()) - set(FEW_BITS)
         assert declared == options, f"never drawn: options {sorted(declared - options)} of {method.name!r}"
 
 

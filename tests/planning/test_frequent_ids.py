@@ -21,7 +21,7 @@ from recsys_embed.train.plans import plans_for
 from tests.train.toy import ToyData, toy_config
 
 ROWS, WIDTH, HOT = 20_000, 16, 1000
-BUDGET = ROWS * WIDTH * 4 // 7
+BUDGET = ROWS * WIDTH * 4 // 10
 SCHEMA = Schema([FeatureSpec("item", ROWS, WIDTH)])
 BY_FREQUENCY = [m.name for m in list_methods() if m.config_cls.plannable and m.config_cls.order_option is not None]
 

@@ -47,8 +47,9 @@ def test_state_of_a_model_says_what_the_model_says(info: rse.MethodInfo, kind: s
         t.name: (t.method, t.footprint) for t in built.tables
     }
     assert not [n for n in read.notes if "tensors were taken" in n or "holds" in n]
-    # The file itself holds little more.
-    assert read.total("serve", "model") <= path.stat().st_size < read.total("serve", "model") + 20_000
+    # The file itself holds little more, of rows that are not rounded yet.
+    held = read.total("serve", "model") + read.footprint.unrounded
+    assert held <= path.stat().st_size < held + 20_000
 
 
 @pytest.mark.parametrize("info", METHODS, ids=lambda m: m.name)

@@ -112,6 +112,7 @@ class Stored(ctypes.Structure):
         ("seed", c_int64),
         ("stochastic", c_int64),
         ("step", c_double),
+        ("step_rate", c_double),
     ]
 
 

@@ -66,7 +66,8 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor], types: Collection[torch.dtype
         return False
     for t in tables:
         if isinstance(t, LowPrecisionTable):
-            if not t.is_cpu or not t.stored.is_contiguous():
+            # Rows that are stored unrounded are rounded by torch.
+            if not t.is_cpu or not t.stored.is_contiguous() or t.format.has_master:
                 return False
         elif type(t) not in (Tensor, Parameter) or t.dtype not in types or not t.is_cpu or not t.is_contiguous():
             return False

@@ -79,18 +79,21 @@ def updates_of(
 
 
 _NUMBERS = {"fp16": 1, "bf16": 2, "int8": 7, "int4": 8}
+_WITH_STEPS = {"int8": 3, "int4": 4}
+"""Rows that have steps stand as served ones do."""
 
 
 def kind_of(format: RowFormat) -> int:
     """Number of a format among the kernels' precisions."""
-    return _NUMBERS[format.kind]
+    return (_WITH_STEPS if format.learns else _NUMBERS)[format.kind]
 
 
 def stored_record(table: LowPrecisionTable) -> Stored:
     """How the rows of a table are stored, as the kernels read it."""
     stored, format = table.stored, table.format
     row_bytes = stored.shape[1] * stored.element_size()
-    return Stored(kind_of(format), row_bytes, table.seed, int(format.stochastic), format.step)
+    rate = format.rate_of(table.shape[1]) if format.learns else 0.0
+    return Stored(kind_of(format), row_bytes, table.seed, int(format.stochastic), format.step, rate)
 
 
 def _address_of(table: Tensor) -> int:
