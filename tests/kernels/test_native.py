@@ -118,6 +118,7 @@ def trained(method: Any, batch: int) -> list[Tensor]:
     return [*outputs, *(getattr(coll, name) for name in coll.storages)]
 
 
+@pytest.mark.crossed
 @METHODS
 def test_bits_do_not_depend_on_the_number_of_threads(method: Any, threads: int) -> None:
     if plan_of(method, Schema([FeatureSpec("C1", 900, 16)]))["C1"].computes:
@@ -478,6 +479,7 @@ def test_bags_are_those_of_the_definition(
                 theirs.copy_(mine)
 
 
+@pytest.mark.crossed
 @METHODS
 def test_bits_of_bags_do_not_depend_on_the_number_of_threads(method: Any, threads: int) -> None:
     if plan_of(method, Schema([FeatureSpec("C1", 900, 16)]))["C1"].computes:
