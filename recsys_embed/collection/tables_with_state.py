@@ -32,8 +32,7 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.derivatives import catching_up
 from recsys_embed.kernels.gather_ops import catch_up_all
-from recsys_embed.kernels.low_precision_states import apply_apart, load_stored, save_stored
-from recsys_embed.kernels.low_precision_table import allocate_table
+from recsys_embed.kernels.low_precision_states import allocate_table, apply_apart, load_stored, save_stored
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native import row_steps
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup

@@ -1,4 +1,4 @@
-"""Low-precision tables in modules: what state dicts hold of them, and what conversions of a module do to them."""
+"""Low-precision tables in modules: their memory, what state dicts hold of them, and what conversions do to them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,53 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from recsys_embed.core import config_state
+from recsys_embed.core.hashing import salt
+from recsys_embed.core.program import Table
+from recsys_embed.core.row_format import RowFormat
+from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.low_precision_table import LowPrecisionTable
+from recsys_embed.kernels.storage import allocate
 
 # In a state dict's configuration: of each table, the numbers that give its stored rows their values and random bits.
 STORED_ROWS = "stored_rows"
 STORED_NUMBERS = ("code_distance", "writes")
+
+
+def allocate_table(
+    name: str, rows: int, width: int, device: torch.device, dtype: torch.dtype, format: RowFormat | None, seed: int
+) -> Tensor:
+    """Memory for a table, on huge pages if the OS allows: of a format, with random bits by seed and name; or floats."""
+    if format is None:
+        return allocate(rows, width, device, dtype)
+    refuse_dtype(dtype)
+    stored = allocate(rows, format.items(width), device, format.dtype)
+    return LowPrecisionTable(stored, format, width, salt(seed, "rounding", name))
+
+
+def refuse_dtype(dtype: torch.dtype) -> None:
+    """Low-precision tables give float32 vectors.
+
+    Raises:
+        ConfigError: vectors are to be of another dtype.
+    """
+    if dtype is not torch.float32:
+        raise ConfigError(
+            f"low-precision tables give float32 vectors; got dtype {dtype}: give dtype=torch.float32 and convert the "
+            "vectors, or leave `quantization` at 'ptq'"
+        )
+
+
+def new_table(table: Table, seed: int, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+    """Memory for the parameter of a table."""
+    empty = torch.empty(0 if table.training else table.shape, device=device, dtype=dtype)
+    if table.training is None:
+        return empty
+    refuse_dtype(empty.dtype)
+    return allocate_table(table.name, table.rows, table.width, empty.device, empty.dtype, table.training, seed)
 
 
 @contextmanager

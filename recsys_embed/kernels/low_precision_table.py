@@ -9,13 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.core.hashing import salt
-from recsys_embed.core.program import Table
 from recsys_embed.core.row_format import RowFormat
 from recsys_embed.core.stochastic_rounding import random_words
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.pointers import checked_address
-from recsys_embed.kernels.storage import allocate
 from recsys_embed.optim.wrapper_tensor import WrapperTensor
 
 aten = torch.ops.aten
@@ -112,8 +109,12 @@ class LowPrecisionTable(WrapperTensor):
             return table
         if not assign or saved.shape != self.shape or not saved.is_floating_point():
             return saved
-        table = self.like(torch.empty_like(self.stored, device=saved.device))
-        table.fill_from(lambda start, count: saved.detach()[start : start + count])
+        return self.encoded(saved)
+
+    def encoded(self, values: Tensor) -> LowPrecisionTable:
+        """A table of the same format that holds other ``values [rows, width]``, where these are."""
+        table = self.like(torch.empty_like(self.stored, device=values.device))
+        table.fill_from(lambda start, count: values.detach()[start : start + count])
         return table
 
     def parameter(self, requires_grad: bool = True) -> nn.Parameter:
@@ -283,24 +284,6 @@ def _rebuild(
     return out
 
 
-def allocate_table(
-    name: str, rows: int, width: int, device: torch.device, dtype: torch.dtype, format: RowFormat | None, seed: int
-) -> Tensor:
-    """Memory for a table, on huge pages if the OS allows: of a format, with random bits by seed and name; or floats."""
-    if format is None:
-        return allocate(rows, width, device, dtype)
-    stored = allocate(rows, format.items(width), device, format.dtype)
-    return LowPrecisionTable(stored, format, width, salt(seed, "rounding", name))
-
-
-def new_table(table: Table, seed: int, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
-    """Memory for the parameter of a table."""
-    empty = torch.empty(0 if table.training else table.shape, device=device, dtype=dtype)
-    if table.training is None:
-        return empty
-    return allocate_table(table.name, table.rows, table.width, empty.device, empty.dtype, table.training, seed)
-
-
 def stored_rows(table: Tensor) -> Tensor:
     """The tensor that holds a table's rows: its stored rows, or the table itself."""
     return table.stored if isinstance(table, LowPrecisionTable) else table
@@ -438,6 +421,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Any operation on decoded copies; a table that it changes in place is rounded and stored."""
     arguments = func._schema.arguments
+    if func.namespace == "c10d":
+        _check_collective(func, [*args, *kwargs.values()])
     if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
         raise ConfigError(
             f"{func.name().removeprefix('aten::')}: a table of few bits has views of its rows alone, "
@@ -472,6 +457,30 @@ def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     if isinstance(out, (list, tuple)):
         return type(out)([changed.get(id(x), x) for x in out])
     return changed.get(id(out), out)
+
+
+def _check_collective(func: Any, args: Any) -> None:
+    """Processes exchange stored rows, which only tables of one format can take, and nobody can add."""
+    name = func._schema.name.removeprefix("c10d::").strip("_")
+    if "reduce" in name:
+        raise ConfigError(
+            f"{name}: processes cannot add the codes of low-precision tables; add their values, table.to_dense(), and "
+            "write the result back, table.copy_(values)"
+        )
+    formats = {t.format if isinstance(t, LowPrecisionTable) else None for t in _tensors_in(args)}
+    if len(formats) > 1:
+        raise ConfigError(
+            f"{name}: a low-precision table is exchanged with tables of its format alone; give table.to_dense(), or "
+            "table.stored with tensors of its dtype"
+        )
+
+
+def _tensors_in(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _tensors_in(value)
+        elif isinstance(value, Tensor):
+            yield value
 
 
 def _store(table: LowPrecisionTable, values: Tensor, func: Any) -> None:
