@@ -113,11 +113,6 @@ class EmbeddingCollection(FusedTables):
             _say_what_torch_runs(plan.gathered(schema), backend if by_name else None)
         shapes, places = stack_tables(tables)
         formats = formats_of(tables, places)
-        if formats and by_name and backend == "triton":
-            raise BackendError(
-                "backend 'triton' does not step rows that train in few bits (`quantization` other than 'ptq'); use "
-                "backend 'auto', 'native' or 'torch'"
-            )
         super().__init__(shapes, optimizer, like.device, like.dtype, backend, formats, seed)
         self.schema, self.plan, self.seed, self.sparse = schema, plan, seed, sparse
         self._few_bits = bool(formats)
