@@ -289,6 +289,7 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
         LowPrecisionTable(torch.zeros(3, 4), RowFormat("int8", 0.5), 4, 0)
 
 
+@pytest.mark.crossed
 @EVERY_WAY
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("state_precision", ["fp32", "bf16", "8bit"])

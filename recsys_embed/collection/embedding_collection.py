@@ -21,13 +21,14 @@ from recsys_embed.core import hashing
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.program import LookupProgram, Table
 from recsys_embed.embedding.module_tables import STORED_UNSEEN
-from recsys_embed.errors import BackendError, ConfigError, raise_faults
+from recsys_embed.errors import BackendError, CheckpointError, ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch
 from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
 from recsys_embed.kernels.fused_gather import FusedGather
 from recsys_embed.kernels.id_checks import check_id_dtype, given_ids
 from recsys_embed.kernels.indexes import IndexStore
+from recsys_embed.kernels.low_precision_states import STORED_NUMBERS, low_precision_tables, numbers_to_save
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.masks import Masking
@@ -40,6 +41,9 @@ from recsys_embed.optim import FusedOptimizer, unfused_parameters
 from recsys_embed.plan import Plan
 from recsys_embed.registry import with_current_names
 from recsys_embed.utils.types import JSON, Ids, IdValues
+
+# In a state dict's configuration: the tables in each storage of low-precision rows.
+STORED_TABLES = "stored_tables"
 
 
 class EmbeddingCollection(FusedTables):
@@ -408,7 +412,29 @@ class EmbeddingCollection(FusedTables):
 
     def get_extra_state(self) -> Tensor:
         """Schema and plan as JSON bytes, so that a state dict refuses to load elsewhere."""
-        return _state.pack(self._identity())
+        return _state.pack({**self._identity(), **numbers_to_save(self), **self._tables_of_low_precision()})
+
+    def _tables_of_low_precision(self) -> JSON:
+        """The tables in each storage of low-precision rows, in order: the distances of codes decide who shares one."""
+        held: dict[str, list[str]] = {name: [] for name, _ in low_precision_tables(self)}
+        for key, place in self.places.items():
+            if place.storage in held:
+                held[place.storage].append(key)
+        return {STORED_TABLES: held} if held else {}
+
+    def _without_tables_of_low_precision(self, where: str, identity: Any) -> Any:
+        """A saved identity in its present form, once its low-precision rows are known to stand where they do here."""
+        if not isinstance(identity, dict):
+            return with_current_names(identity)
+        own = self._tables_of_low_precision()
+        saved = identity.pop(STORED_TABLES, own.get(STORED_TABLES))  # earlier versions did not say it
+        if {STORED_TABLES: saved} != own and own:
+            raise CheckpointError(
+                f"low-precision rows of {where} stand in other storages here, because initial weights decide the "
+                "distance of their codes; give each feature the `init` that it had, or set `quantization_step` in both "
+                f"plans; saved {saved}, here {own[STORED_TABLES]}"
+            )
+        return with_current_names(identity)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to restore: the comparison comes before any weight is copied."""
@@ -418,7 +444,9 @@ class EmbeddingCollection(FusedTables):
         if prefix + "_extra_state" in state_dict:
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
-            _state.check(saved, self._identity(), where, ("init", "padding_idx"), STORED_UNSEEN, with_current_names)
+            ignore = ("init", "padding_idx", *STORED_NUMBERS)
+            upgrade = partial(self._without_tables_of_low_precision, where)
+            _state.check(saved, self._identity(), where, ignore, STORED_UNSEEN, upgrade)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

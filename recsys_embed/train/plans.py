@@ -126,8 +126,9 @@ def _of_rows(config: TrainConfig) -> dict[str, Any]:
     precision = first_order_precision(config)
     if precision == "fp32":
         return {}
-    training = {k: config.method_args[k] for k in ("quantization", "rounding") if k in config.method_args}
-    return {"precision": precision, **training}
+    options: dict[str, Any] = {"precision": precision}
+    options.update((k, config.method_args[k]) for k in ("quantization", "rounding") if k in config.method_args)
+    return options
 
 
 def _linear_plan(narrow: Schema, share: int, options: dict[str, Any]) -> Plan:
