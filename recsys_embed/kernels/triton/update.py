@@ -39,17 +39,9 @@ class Target(NamedTuple):
         coding, held = Coding.of(weights), stored_rows(weights)
         tensors = rules.Tensors(held, kept, state.get("last", held), held, coding.numbers)
         numbers = rules.Numbers(size, eps, decay, optimizer.constants, coding.distance)
-        constants = {
-            "COUNTS": "step" in kinds.values(),
-            "LAST": "last" in state,
-            "DECAY": decay != 0,
-            "CODE": coding.code,
-        }
-        rule = rules.RULES.index(str(rule_name(optimizer)))
-        return cls(
-            (tensors, numbers, log.seed, log.step),
-            {"RULE": rule, "WIDTH": weights.shape[1], "CODE": coding.code, **constants},
-        )
+        constants = {"COUNTS": "step" in kinds.values(), "LAST": "last" in state, "DECAY": decay != 0}
+        constants |= {"RULE": rules.RULES.index(str(rule_name(optimizer))), "WIDTH": weights.shape[1]}
+        return cls((tensors, numbers, log.seed, log.step), {**constants, "CODE": coding.code})
 
     @classmethod
     def gradient(cls, gradient: Tensor) -> Target:
