@@ -433,7 +433,7 @@ class EmbeddingCollection(FusedTables):
                 held[place.storage].append(key)
         return {STORED_TABLES: held} if held else {}
 
-    def _without_tables_of_low_precision(self, where: str, identity: Any) -> Any:
+    def _without_tables_of_low_precision(self, where: str, identity: object) -> object:
         """A saved identity in its present form, once its low-precision rows are known to stand where they do here."""
         if not isinstance(identity, dict):
             return with_current_names(identity)

@@ -40,8 +40,9 @@ class Target(NamedTuple):
         tensors = rules.Tensors(held, kept, state.get("last", held), held, coding.numbers)
         numbers = rules.Numbers(size, eps, decay, optimizer.constants, coding.distance)
         constants = {"COUNTS": "step" in kinds.values(), "LAST": "last" in state, "DECAY": decay != 0}
-        constants |= {"RULE": rules.RULES.index(str(rule_name(optimizer))), "WIDTH": weights.shape[1]}
-        return cls((tensors, numbers, log.seed, log.step), {**constants, "CODE": coding.code})
+        rule = rules.RULES.index(str(rule_name(optimizer)))
+        given = {"RULE": rule, "WIDTH": weights.shape[1], "CODE": coding.code, **constants}
+        return cls((tensors, numbers, log.seed, log.step), given)
 
     @classmethod
     def gradient(cls, gradient: Tensor) -> Target:
