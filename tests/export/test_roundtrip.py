@@ -104,6 +104,7 @@ def test_every_method_in_a_collection(method: MethodInfo, precision: Any, tmp_pa
     assert report.bytes == (tmp_path / "c").stat().st_size == report.embedding_bytes + report.header_bytes
 
 
+@pytest.mark.crossed
 @METHODS
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_bytes_are_those_of_the_report(method: MethodInfo, precision: Any, tmp_path: Path) -> None:

@@ -64,3 +64,31 @@ def test_wrong_tiers_are_refused() -> None:
         rse.make_embedding("tiered", 100, 16, precisions=("dropped",))
     with pytest.raises(ConfigError, match="leave ids"):
         rse.make_embedding("tiered", 100, 16, precisions=("int8", "dropped"), blocks=(100,))
+
+
+def test_the_report_of_an_export_tells_the_error_of_each_tier_and_a_metric_before_and_after(tmp_path: Path) -> None:
+    schema = Schema([FeatureSpec("a", 100, 16), FeatureSpec("b", 60, 16)])
+    plan = Plan({"a": TieredConfig(**TIERS), "b": Plan.uniform(schema, "full", precision="int4")["b"]})
+    source = rse.EmbeddingCollection(schema, plan)
+    ids = torch.stack([torch.arange(60), torch.arange(60)], 1)
+
+    def measure(module: Any) -> float:
+        return float(module(ids).detach().square().mean())
+
+    report = rse.export(source, tmp_path / "e", evaluate=measure, metric="power", prune=False)
+    served: Any = rse.load(tmp_path / "e")
+    assert report.metric is not None
+    assert (report.metric.before, report.metric.after) == (measure(source), measure(served))
+    assert report.metric.before != report.metric.after
+    told = {t.name: t for t in report.tables}
+    assert {name: t.kind for name, t in told.items()} == {
+        "a.tier_0": "int8", "a.tier_1": "int4", "a.tier_2": "int2", "b.weight": "int4"
+    }  # fmt: skip
+    for name, table in told.items():
+        difference = (served.table(name) - source.table(name)).detach().double()
+        assert table.max_error == pytest.approx(float(difference.abs().max()), rel=1e-4)
+        assert table.rms_error == pytest.approx(float(difference.square().mean().sqrt()), rel=1e-4)
+        assert table.source_bytes == table.rows * 64
+    assert all(f"{t.kind}" in line for t in report.tables for line in str(report).splitlines() if t.name in line)
+    assert "the precisions of the plan" in str(report)
+    assert "power: " in str(report)

@@ -74,6 +74,7 @@ def served(plan: Plan) -> Tensor:
     return rse.load(file, into=model())["item"](hot()).detach()  # type: ignore[index]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("carried", [as_it_is, by_text, by_file])
 @pytest.mark.parametrize("used", [compressed, collected, served])
 @pytest.mark.parametrize("method", [*BY_FREQUENCY, None])
