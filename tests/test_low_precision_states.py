@@ -116,6 +116,15 @@ def test_tables_are_built_on_any_default_device() -> None:
         assert tables(drop_in("hash"))[0].device.type == "meta"
 
 
+def test_steps_and_writes_that_move_no_row_are_none() -> None:
+    table = tables(drop_in(precision="int4"))[0]
+    before = table.stored.clone()
+    with torch.no_grad():
+        table.data.add_(0.0)
+        table[torch.zeros(300, dtype=torch.bool)] = 1.0
+    assert torch.equal(table.stored, before)
+
+
 def test_a_load_that_fails_leaves_rows_and_their_distance() -> None:
     module, other = drop_in(init="normal:0.01"), drop_in()
     before = module(IDS).clone()

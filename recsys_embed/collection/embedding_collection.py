@@ -119,8 +119,14 @@ class EmbeddingCollection(FusedTables):
         formats = formats_of(tables, places)
         if formats and by_name and backend == "triton":
             raise BackendError(
-                "backend 'triton' does not step rows that train in few bits (`quantization` other than 'ptq'); use "
+                "backend 'triton' does not step low-precision rows (`quantization` other than 'ptq'); use "
                 "backend 'auto', 'native' or 'torch'"
+            )
+        if formats and backend == "triton":
+            backend = "torch"
+            dispatch.say_once(
+                "a collection with low-precision rows runs on torch on a GPU, all of its features; keep "
+                "features with quantization='ptq' in a collection of their own"
             )
         super().__init__(shapes, optimizer, like.device, like.dtype, backend, formats, seed)
         self.schema, self.plan, self.seed, self.sparse = schema, plan, seed, sparse
@@ -371,7 +377,7 @@ class EmbeddingCollection(FusedTables):
         """A method that compiled code leaves to Python, because the compiler does not know rows of few bits."""
         if torch.compiler.is_exporting():
             raise ConfigError(
-                "torch.export does not trace rows that train in few bits; export() and load() the model, whose rows "
+                "torch.export does not trace low-precision rows; export() and load() the model, whose rows "
                 "are plain tensors"
             )
         return _APART[name]
@@ -393,7 +399,7 @@ class EmbeddingCollection(FusedTables):
         weights = sum(p.nbytes for p in self.parameters())
         state = sum(getattr(self, f"{name}_{key}").nbytes for name, key in self._states())
         index = sum(store.nbytes for store in self.modules() if isinstance(store, IndexStore | RowCaches))
-        gradient = sum(p.nbytes for p in unfused_parameters(self))
+        gradient = sum(p.numel() * p.element_size() for p in unfused_parameters(self))
         served = sum((m.footprint() for m in self.modules() if isinstance(m, StoredTables)), Footprint())
         unrounded = sum(table.trained_bytes(size) - table.nbytes(size) for table, size in self._held_tables())
         return served + Footprint(weights - unrounded, index, state, gradient, unrounded)

@@ -333,7 +333,8 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     per = 8 // bits
     if per == 1:
         return codes
-    codes = F.pad(codes, (0, -codes.shape[1] % per)).view(len(codes), -1, per)
+    codes = F.pad(codes, (0, -codes.shape[1] % per))
+    codes = codes.view(len(codes), codes.shape[1] // per, per)  # also of no rows
     return (codes << (torch.arange(per, device=codes.device) * bits).to(torch.uint8)).sum(2, dtype=torch.uint8)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from recsys_embed.core.row_format import RowFormat
 from recsys_embed.core.stochastic_rounding import random_words
 from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.collectives import check_collective
 from recsys_embed.kernels.pointers import checked_address
 from recsys_embed.optim.wrapper_tensor import WrapperTensor
 
@@ -31,9 +32,9 @@ class LowPrecisionTable(WrapperTensor):
 
     Lookups decode the rows that they read. Fused update rules step rows in float32 and write them back by stochastic
     rounding, or unrounded where the format keeps float32 rows and rounds what is read. For any other operation of torch
-    it is the decoded table: a copy, which takes 4 bytes per element for as long as it lives. What is assigned, copied
-    or drawn into it is rounded to nearest; other operations in place, such as the step of a torch optimizer, round as
-    fused rules do.
+    it is the decoded table: a copy, which takes 4 bytes per element for as long as it lives. What is assigned, copied,
+    scattered or drawn into it is rounded to nearest; other operations in place, such as the step of a torch optimizer,
+    round as fused rules do.
 
     Args:
         stored: ``[rows, items]`` of the format's dtype.
@@ -200,6 +201,13 @@ class LowPrecisionTable(WrapperTensor):
             moved = (after != self.format.unrounded(stored, self.shape[1])).any(1).nonzero().squeeze(1)
             words = self._words(moved + start, self.writes.count)
             stored.index_copy_(0, moved, self.format.stepped(stored.index_select(0, moved), after[moved], words))
+
+    def write_all(self, values: Tensor) -> None:
+        """Write all rows that differ from ``values``, rounded to nearest."""
+        for start, stored in self.pieces():
+            after = values[start : start + len(stored)]
+            given = (after != self.format.unrounded(stored, self.shape[1])).any(1).nonzero().squeeze(1)
+            self.write(given + start, after[given])
 
     def write(self, rows: Tensor, values: Tensor) -> None:
         """Write distinct rows, rounded to nearest."""
@@ -391,7 +399,11 @@ def _add_(table: LowPrecisionTable, other: Any, *, alpha: float = 1) -> Any:
     return table
 
 
-_GIVEN = {"copy_", "fill_", "zero_", "normal_", "uniform_", "trunc_normal_", "random_", "index_fill_", "masked_fill_"}
+_GIVEN = {
+    "copy_", "fill_", "zero_", "normal_", "uniform_", "trunc_normal_", "random_", "index_fill_", "masked_fill_",
+    "masked_scatter_", "scatter_", "index_put_", "_index_put_impl_", "index_copy_", "put_", "fill_diagonal_",
+    "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_",
+}  # fmt: skip
 """Operations that say what a table holds, rather than move it."""
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _alias,
@@ -422,10 +434,10 @@ def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     """Any operation on decoded copies; a table that it changes in place is rounded and stored."""
     arguments = func._schema.arguments
     if func.namespace == "c10d":
-        _check_collective(func, [*args, *kwargs.values()])
+        check_collective(func, [*args, *kwargs.values()])
     if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
         raise ConfigError(
-            f"{func.name().removeprefix('aten::')}: a table of few bits has views of its rows alone, "
+            f"{func.name().removeprefix('aten::')}: a low-precision table has views of its rows alone, "
             "`table[start:stop]`; read to_dense(), a copy, or write rows, `table[rows] = values`. "
             "DistributedDataParallel takes modules that start equal in all processes by init_sync=False, FSDP leaves "
             "them out by ignored_params"
@@ -452,39 +464,16 @@ def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     changed: dict[int, LowPrecisionTable] = {}
     for number, table in written.items():
         if number in dense:
-            _store(table, dense[number], func)
+            _store(table, dense[number], func, bool(named.get("accumulate") or named.get("reduce")))
             changed[id(dense[number])] = table
     if isinstance(out, (list, tuple)):
         return type(out)([changed.get(id(x), x) for x in out])
     return changed.get(id(out), out)
 
 
-def _check_collective(func: Any, args: Any) -> None:
-    """Processes exchange stored rows, which only tables of one format can take, and nobody can add."""
-    name = func._schema.name.removeprefix("c10d::").strip("_")
-    if "reduce" in name:
-        raise ConfigError(
-            f"{name}: processes cannot add the codes of low-precision tables; add their values, table.to_dense(), and "
-            "write the result back, table.copy_(values)"
-        )
-    formats = {t.format if isinstance(t, LowPrecisionTable) else None for t in _tensors_in(args)}
-    if len(formats) > 1:
-        raise ConfigError(
-            f"{name}: a low-precision table is exchanged with tables of its format alone; give table.to_dense(), or "
-            "table.stored with tensors of its dtype"
-        )
-
-
-def _tensors_in(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from _tensors_in(value)
-        elif isinstance(value, Tensor):
-            yield value
-
-
-def _store(table: LowPrecisionTable, values: Tensor, func: Any) -> None:
-    if func._schema.name.removeprefix("aten::") in _GIVEN:
-        table.fill_from(lambda start, count: values[start : start + count])
+def _store(table: LowPrecisionTable, values: Tensor, func: Any, moves: bool) -> None:
+    """Store what an operation has made of a decoded table; ``moves``: it added to what was there."""
+    if func._schema.name.removeprefix("aten::") in _GIVEN and not moves:
+        table.write_all(values)
         return
     table.step_all(values)

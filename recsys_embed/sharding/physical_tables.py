@@ -75,8 +75,8 @@ def physical_tables_for(tables: Mapping[str, Table], optimizer: FusedOptimizer |
     few = [key for key, table in tables.items() if table.training is not None]
     raise_faults(
         [
-            f"table {k!r} trains in few bits, which TorchRec's tables do not; set `quantization='ptq'`, or replicate "
-            "the collection: DistributedDataParallel with recsys_embed.optim.fused_optimizer"
+            f"table {k!r} has low-precision rows, which TorchRec cannot train; set `quantization='ptq'`, or "
+            "replicate the collection: DistributedDataParallel with recsys_embed.optim.fused_optimizer"
             for k in few
         ],
         "shard",
