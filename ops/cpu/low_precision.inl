@@ -34,7 +34,7 @@ template <i64 KIND>
 static RowCoder coder_of(i64 width) {
   if constexpr (KIND == STEP_INT8 || KIND == STEP_INT4) {
     if (width == 16) return {decode_rows<KIND, 16>, round_rows<KIND, 16>};
-    if (width == 64) return {decode_rows<KIND, 64>, round_rows<KIND, 64>};
+    if (width == 64) return {decode_rows<KIND, compiled(64)>, round_rows<KIND, compiled(64)>};
   }
   return {decode_rows<KIND, 0>, round_rows<KIND, 0>};
 }

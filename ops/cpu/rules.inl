@@ -19,7 +19,7 @@ struct Row {
 };
 
 struct ElementRule {
-  static constexpr bool by_row = false;
+  static constexpr bool by_row = false, rare = false;
   // Step size of a row.
   inline float sized(const Update&, i64, float size) const { return size; }
   // Whether steps without a gradient leave the row unchanged.
@@ -55,7 +55,7 @@ struct Adagrad : ElementRule {
 
 struct RowwiseAdagrad {
   static constexpr const char* name = "rowwise_adagrad";
-  static constexpr bool by_row = true, shrinks = false;
+  static constexpr bool by_row = true, shrinks = false, rare = false;
   explicit RowwiseAdagrad(const Rule&) {}
   inline Factors factors(const Rule& r, i64 row, i64, float square, float size, float eps) const {
     return {1.f, size / (std::sqrt(r.state[0][row] += square) + eps)};
@@ -92,6 +92,7 @@ struct Adam : ElementRule {
 // from any weights.
 struct Ftrl : ElementRule {
   static constexpr const char* name = "ftrl";
+  static constexpr bool rare = true;
   static constexpr i64 elements = 2;
   float beta, l1, l2;
   explicit Ftrl(const Rule& r) : beta(float(r.constants[0])), l1(float(r.constants[1])), l2(float(r.constants[2])) {}
@@ -113,7 +114,7 @@ struct Ftrl : ElementRule {
 // Weight decay grows with the number of steps since the row was last read.
 struct RowwiseRmsprop {
   static constexpr const char* name = "rowwise_rmsprop";
-  static constexpr bool by_row = true, shrinks = true;
+  static constexpr bool by_row = true, shrinks = true, rare = true;
   float rest, alpha, least;
   explicit RowwiseRmsprop(const Rule& r)
       : rest(float(r.constants[0])), alpha(float(r.constants[1])), least(float(r.constants[2])) {}
@@ -268,6 +269,7 @@ static RSE_ONCE void step_rows(const Update& u, float* table, const Summed* rows
   const float size = size_of(u, u.step), eps = epsilon_of(u, u.step), decay = float(u.decay);
   const i64 prefetched = ahead ? count - ahead : 0;
   Rules::with(u.rule, [&](const auto& rule) {
+    constexpr int V = std::decay_t<decltype(rule)>::rare && W != 16 ? 0 : W;  // what few use is compiled for few widths
     for (i64 i = 0; i < count; i++) {
       if (i < prefetched) prefetch_state(u, table, rows[i + ahead].row, width);
       const i64 row = rows[i].row;
@@ -275,7 +277,7 @@ static RSE_ONCE void step_rows(const Update& u, float* table, const Summed* rows
         catch_up<W>(u, table, row, u.step - 1, w);
         u.last[row] = i32(u.step);
       }
-      step_row<W>(u, rule, table ? table + row * width : rows[i].weight, rows[i].gradient, row, size, eps, decay, w);
+      step_row<V>(u, rule, table ? table + row * width : rows[i].weight, rows[i].gradient, row, size, eps, decay, width);
     }
   });
 }

@@ -97,7 +97,7 @@ struct StateBlock {
   static i64 row_bytes(const StateForm& form, i64 size) { return size * (form.bits ? form.bits / 8 : 4); }
 
   // One number of each row is copied to where those of the rows lie side by side, and back.
-  void read(const Rule& r, const i64* rows, i64 count, i64 width) {
+  RSE_ONCE void read(const Rule& r, const i64* rows, i64 count, i64 width) {
     for (i64 i = 0; i < 4 && r.state[i]; i++) {
       const StateForm& form = r.forms[i];
       const i64 elements = size(r, i, width), bytes = row_bytes(form, elements);
@@ -112,7 +112,7 @@ struct StateBlock {
     }
   }
 
-  void write(const Rule& r, const i64* rows, i64 count, i64 width) const {
+  RSE_ONCE void write(const Rule& r, const i64* rows, i64 count, i64 width) const {
     for (i64 i = 0; i < 4 && r.state[i]; i++) {
       const StateForm& form = r.forms[i];
       const i64 elements = size(r, i, width), bytes = row_bytes(form, elements);

@@ -57,6 +57,7 @@ class Portions {
         add(reads_[read_], id_, to);
         if (++read_ == number) read_ = 0, id_++;
       }
+    prefetch_first(to);
     return n > 0;
   }
 
@@ -68,10 +69,11 @@ class Portions {
   };
 
   void add(const Read& read, i64 b, Portion& to) const {
-    const i32 mark = read.source->of[b];
+    const i32 mark = read.source->of[b], code = -2 - mark;
     const bool shared = mark < -1;
-    const i64 place = shared ? i64(-2 - mark) >> 2 : 0, from = read.source->place(b);
-    i64 kind = shared ? (-2 - mark) & 3 : mark < 0 ? NO_ROW : ALONE;
+    const i64 place = shared ? code >> 2 : 0, from = read.source->place(b);
+    i64 kind = shared ? code & 3 : ALONE + (mark < 0);
+    static_assert(NO_ROW == ALONE + 1, "");
     if (share_.end_place && kind != NO_ROW) {
       const bool own = shared ? place >= share_.first_place && place < share_.end_place : mark >= share_.first_row && mark <= share_.last_row;
       kind = own ? kind : i64(NO_ROW);
@@ -81,14 +83,21 @@ class Portions {
     item.gradient = read.base.gradient + from * read.base.stride;
     item.other = read.base.other ? read.base.other + from * read.base.other_stride : nullptr;
     item.sum = read.table->sums + place * width_;
-    item.row = shared ? read.table->row_of[place] : mark;
+    // Read without a branch on the mark, which is hard to predict; of a row that is not shared, it is not used.
+    const i32 row = read.table->row_of[place];
+    item.row = shared ? row : mark;
     item.factor = read.base.factor;
+    prefetch<2>(item.gradient, 4 * width_of<W>(width_));
+    if (item.other) prefetch<2>(item.other, 4 * width_of<W>(width_));
+  }
+
+  // What the first items of each kind go to; later ones are prefetched while these are worked on.
+  void prefetch_first(const Portion& of) const {
     const i64 width = width_of<W>(width_);
-    prefetch<2>(item.gradient, 4 * width);
-    if (item.other) prefetch<2>(item.other, 4 * width);
-    if (items.count > Items::AHEAD || kind == NO_ROW) return;
-    if (kind != ALONE) prefetch<2>(item.sum, 4 * width);
-    if (kind & LAST) prefetch_state(update_, table_, item.row, width);
+    for (i64 kind : {i64(MIDDLE), i64(FIRST), i64(LAST)})
+      for (i64 i = 0; i < std::min(of.of[kind].count, Items::AHEAD); i++) prefetch<2>(of.of[kind].all[i].sum, 4 * width);
+    for (i64 kind : {i64(LAST), i64(ALONE)})
+      for (i64 i = 0; i < std::min(of.of[kind].count, Items::AHEAD); i++) prefetch_state(update_, table_, of.of[kind].all[i].row, width);
   }
 
   const Update& update_;

@@ -15,13 +15,13 @@ static Visits visits_of() {
 
 static Visits choose_visits(i64 width) {
   switch (width) {
-    case 1: return visits_of<1>();
-    case 4: return visits_of<4>();
-    case 8: return visits_of<8>();
+    case 1: return visits_of<compiled(1)>();
+    case 4: return visits_of<compiled(4)>();
+    case 8: return visits_of<compiled(8)>();
     case 16: return visits_of<16>();
-    case 32: return visits_of<32>();
-    case 64: return visits_of<64>();
-    case 128: return visits_of<128>();
+    case 32: return visits_of<compiled(32)>();
+    case 64: return visits_of<compiled(64)>();
+    case 128: return visits_of<compiled(128)>();
     default: return visits_of<0>();
   }
 }
