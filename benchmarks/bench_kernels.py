@@ -1,6 +1,7 @@
 """Lookups of all features and whole embedding steps: this library beside what people use instead, in one process.
 
-Run: python benchmarks/bench_kernels.py [--out FILE] [--quick] [--threads 1,2] [--cases NAME,...] [--skip NAME,...]
+Run: python benchmarks/bench_kernels.py [--out FILE] [--quick] [--threads 1,2] [--batches 2048,...] [--cases NAME,...]
+     [--skip NAME,...]
 
 26 fields with the public Criteo Kaggle cardinalities, Zipf(1.05) ids, float32 tables, rowwise Adagrad, the tables of
 composed methods at a sixteenth of the bytes. Before it is timed, every contender's vectors are compared with the
@@ -9,12 +10,15 @@ Phases are ``lookup`` (no gradients), ``forward`` (the lookup of a training step
 take turns, so that the machine's noise meets all alike; beside them a loop in C++ gathers the rows that the batch reads
 (``floor``). Times are nanoseconds per id, medians with 20th and 80th percentiles; ``ratio`` is the
 median over the turns of a time over that of this library's native kernels, and over the floor's for those themselves.
+``load``: processes that waited for a core, on average, in the last minute; rows with ``clock`` are in the processor's
+time, which others' turns on its cores are no part of.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -32,10 +36,10 @@ BATCHES = 4
 WARMUP = 2
 
 
-def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
+def timed(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[Any, float]:
+    start = clock()
     out = call()
-    return out, time.perf_counter() - start
+    return out, clock() - start
 
 
 def verify(case: Case, native: Any, contenders: dict[str, Contender], ids: Tensor, upstream: Tensor) -> None:
@@ -69,28 +73,31 @@ def verify(case: Case, native: Any, contenders: dict[str, Contender], ids: Tenso
         assert not torch.equal(got.flatten(1), wanted), f"{case.name}, {name}: nothing was learned"
 
 
-def train(contender: Contender, turn: int, upstream: Tensor) -> dict[str, float]:
+def train(contender: Contender, turn: int, upstream: Tensor, clock: Callable[[], float]) -> dict[str, float]:
     """Seconds of a training step: of its lookup, which prepares a backward, and of all of it."""
-    value, forward = timed(lambda: contender.forward(turn))
+    value, forward = timed(lambda: contender.forward(turn), clock)
 
     def rest() -> None:
         value.backward(upstream.view(value.shape))
         if contender.step is not None:
             contender.step()
 
-    return {"forward": forward, "step": forward + timed(rest)[1]}
+    return {"forward": forward, "step": forward + timed(rest, clock)[1]}
 
 
-def run(case: Case, sizes: tuple[int, ...], rounds: int, skip: set[str]) -> list[dict[str, Any]]:
+def run(
+    case: Case, sizes: tuple[int, ...], rounds: int, skip: set[str], cpu_time: bool = False
+) -> list[dict[str, Any]]:
     """One row per batch size, contender and phase."""
     ids = [i for batch in sizes for i in batches(case.sizes, batch, BATCHES)]
     native, contenders = build(case, ids, skip)
     upstreams = [torch.randn(n, FIELDS * case.dim, generator=torch.Generator().manual_seed(0)) * 1e-2 for n in sizes]
     verify(case, native, contenders, ids[0], upstreams[0])
     floor = floor_of(native, ids)
+    clock = time.process_time if cpu_time else time.perf_counter
     rows = []
     for i, (batch, upstream) in enumerate(zip(sizes, upstreams, strict=True)):
-        times = take_turns(contenders, floor, range(i * BATCHES, (i + 1) * BATCHES), upstream, rounds)
+        times = take_turns(contenders, floor, range(i * BATCHES, (i + 1) * BATCHES), upstream, rounds, clock)
         times = {key: [t * 1e9 / (batch * FIELDS) for t in values] for key, values in times.items()}
         about = {
             "case": case.name,
@@ -98,7 +105,8 @@ def run(case: Case, sizes: tuple[int, ...], rounds: int, skip: set[str]) -> list
             "batch": batch,
             "rows": sum(t.rows for t in native.tables.values()),
             "threads": torch.get_num_threads(),
-        }
+            "load": round(os.getloadavg()[0], 2),
+        } | ({"clock": "cpu"} if cpu_time else {})
         for (name, phase), values in times.items():
             over = times["native", phase] if name != "native" else times["floor", "lookup"]
             row = {**about, "contender": name, "phase": phase, "unit": "ns per id"}
@@ -112,6 +120,7 @@ def take_turns(
     which: range,
     upstream: Tensor,
     rounds: int,
+    clock: Callable[[], float],
 ) -> dict[tuple[str, str], list[float]]:
     """Seconds by contender and phase, in each round; ``which`` are the numbers of the batches."""
     times: dict[tuple[str, str], list[float]] = {}
@@ -124,11 +133,11 @@ def take_turns(
         # Each turn another one is first: whoever follows a slow one meets a cold cache.
         for name, phase in [*units[turn % len(units) :], *units[: turn % len(units)]]:
             if phase == "train":
-                found |= {(name, p): t for p, t in train(contenders[name], k, upstream).items()}
+                found |= {(name, p): t for p, t in train(contenders[name], k, upstream, clock).items()}
                 continue
             call = floor if name == "floor" else contenders[name].forward
             with torch.no_grad():
-                found[name, phase] = timed(lambda call=call, k=k: call(k))[1]
+                found[name, phase] = timed(lambda call=call, k=k: call(k), clock)[1]
         if turn >= WARMUP:
             for key, seconds in found.items():
                 times.setdefault(key, []).append(seconds)
@@ -141,6 +150,10 @@ def main() -> None:
     parser.add_argument("--out")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the rows, one batch size, few rounds")
     parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--batches", default="2048,8192,65536")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="not the clock's, on a machine busy with other work: 1 thread"
+    )
     parser.add_argument("--rounds", type=int, help="turns that count; 11 by default, 5 with --quick")
     parser.add_argument("--cases", default="", help="names of cases, all by default")
     parser.add_argument("--skip", default="", help="names of contenders")
@@ -153,8 +166,8 @@ def main() -> None:
     for threads in map(int, given.threads.split(",")):
         torch.set_num_threads(threads)
         for case in cases:
-            sizes = (8192,) if given.quick else (8192, 65536)
-            found = run(case, sizes, given.rounds or (5 if given.quick else 11), skip)
+            sizes = (8192,) if given.quick else tuple(map(int, given.batches.split(",")))
+            found = run(case, sizes, given.rounds or (5 if given.quick else 11), skip, given.cpu_time)
             gc.collect()
             rows += found
             for row in found:

@@ -34,6 +34,8 @@ FIXED: dict[str, dict[str, Any]] = {
     "full at int8": {"method_args": {"precision": "int8"}},
     "full at int4": {"method_args": {"precision": "int4"}},
 }
+TAIL_RATIO = 6
+"""Compression of the baseline whose rare ids have int2 rows and as many of the others as fit int8 rows."""
 COMPUTED = {"tt": (10, 50), "dhe": (10, 50)}
 
 
@@ -43,6 +45,8 @@ def cases(seeds: int) -> Iterator[tuple[str, str, float | None, int, dict[str, A
         for model in SETTINGS:
             for what, given in FIXED.items():
                 yield model, what, None, seed, given
+            tail = {"method": "tiered", "method_args": {"precisions": ["int8", "int2"]}}
+            yield model, "int8, int2 tail", TAIL_RATIO, seed, tail
             for ratio in RATIOS:
                 for what, precision in PLANS.items():
                     yield model, what, ratio, seed, {"method": "planned", "method_args": {"precision": precision}}

@@ -22,6 +22,26 @@ Both write float32. `load` maps the file, which the file cache held on huge page
 """
 
 
+def print_avx2(path: Path) -> None:
+    """One paragraph of spot checks with our kernels held to AVX2."""
+    if not path.exists():
+        return
+    rows = json.loads(path.read_text())["rows"]
+    theirs = [r for r in rows if r["contender"] == "tbe"]
+    low = [r for r in theirs if r["ratio"] < 1.3]
+    ratios, loads = sorted(r["ratio"] for r in theirs), sorted(r["load"] for r in rows)
+    middle = ratios[len(ratios) // 2]
+    print(
+        f"With our kernels held to AVX2 (`RECSYS_EMBED_CPU=avx2`), FBGEMM's not, {len(theirs)} cases had ratios of "
+        f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {middle:.2f}, at loads of {loads[0]:.1f} to {loads[-1]:.1f} "
+        f"([rows](../benchmarks/results/{path.name}))."
+    )
+    below = [
+        f"{r['case']}, width {r['dim']}, batch {r['batch']}, {r['threads']} threads: {r['ratio']:.2f}" for r in low
+    ]
+    print(f"Below 1.3: {'; '.join(below) or 'none'}.\n")
+
+
 def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("results") / "served.json"
     read = json.loads(path.read_text())
@@ -33,6 +53,7 @@ def main() -> None:
     about = read["machine"]
     machine = f"{about['processor']} (AVX-512), {about['cores']} cores, torch {about['torch']}"
     print(HEAD.format(rows=most, machine=machine, load=said))
+    print_avx2(path.with_name("served_avx2.json"))
     batches = sorted({r["batch"] for r in rows})
     for threads in sorted({r["threads"] for r in rows}):
         mine = [r for r in rows if r["threads"] == threads]

@@ -53,6 +53,7 @@ class Target:
 
 
 COMPOSED = ("compositional mul", "compositional sum", "compositional concat", "multihash", "unified", "robe")
+LOOKUPS = ("tbe", "index_tbe", "torch", "compile")
 WIDE = (64, 128, 256, 512, 1024)
 OTHERS = tuple(c for c in COMPOSED if c != "compositional mul")
 
@@ -69,9 +70,11 @@ def _both(what: str, against: str, **match: Any) -> list[Target]:
 
 
 TARGETS = (
-    _kernels("plain step / TBE, 2 threads", case="full", phase="step", contender="tbe", threads=2, at_least=1.5),
-    _kernels("plain step / TBE, 1 thread", case="full", phase="step", contender="tbe", threads=1, at_least=1.15),
+    _kernels("plain step / TBE, 2 threads", case="full", phase="step", contender="tbe", threads=2, at_least=2.4),
+    _kernels("plain step / TBE, 1 thread", case="full", phase="step", contender="tbe", threads=1, at_least=1.8),
     *_both("plain", "over the floor", case="full", contender="native", at_most=1.5),
+    _kernels("composed lookup over the floor", case=(*COMPOSED, "hash"), phase="lookup", contender="native", at_most=2),
+    _kernels("lookup / the best of all others", phase="lookup", contender=LOOKUPS, at_least=1.5),
     *_both("composed", "/ per table", case=COMPOSED, contender="per_table", at_least=6),
     *_both("composed", "/ vectorised torch", case=COMPOSED, contender="torch", at_least=3),
     *_both("composed", "/ index + TBE", case=COMPOSED, contender="index_tbe", at_least=2),

@@ -85,6 +85,7 @@ ALL_ROWS = sum(CARDINALITIES)
 CASES = (
     Case("full", 16, ALL_ROWS),
     Case("full", 64, 8_000_000),
+    Case("full", 128, 4_000_000),
     Case("hash", 16, ALL_ROWS, 16),
     Case("multihash", 16, ALL_ROWS, 16),
     Case("compositional", 16, ALL_ROWS, 16, {"combine": "mul"}),

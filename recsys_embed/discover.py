@@ -285,6 +285,7 @@ def _torchrec_tables(module: nn.Module) -> tuple[TableKind, str, nn.ModuleDict] 
 
 def _tensor_key(tensor: Tensor) -> Any:
     """What two parameters over the same memory have in common; works without memory, on the meta device."""
+    tensor = getattr(tensor, "stored", tensor)  # rows that train in few bits lie in another tensor
     return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel())
 
 

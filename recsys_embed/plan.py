@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recsys_embed.core.footprint import Footprint, parse_bytes
 from recsys_embed.core.id_sets import members_of_texts
-from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.method_config import STORAGE_OPTIONS, MethodConfig
 from recsys_embed.core.plan_arrays import PlanArrays
 from recsys_embed.core.program import LookupProgram, Table
 from recsys_embed.errors import ConfigError, UnknownNameError, raise_faults, unknown_name
@@ -251,7 +251,8 @@ class Plan:
         if budget is None:
             config = config_cls.from_params(params)
             return cls({s.name: config for s in schema})
-        rounded = {"precision": params["precision"]} if "precision" in params else {}
+        # Plain tables train and are served as the others are.
+        rounded = {k: params[k] for k in STORAGE_OPTIONS if k in params} if "precision" in params else {}
         plain = get_method("full").config_cls.from_params(rounded)
         once = config_cls.plan(tuple(schema.first_readers), parse_bytes(budget), plain, **params)
         return cls(once).for_readers(schema)
@@ -416,4 +417,5 @@ def _tables_of(programs: Mapping[str, LookupProgram], schema: Schema) -> dict[st
 
 def _described(table: Table) -> str:
     precision = "" if table.precision == "fp32" else f", {table.precision}"
-    return f"{table.rows} x {table.width}, {table.init}{precision}"
+    training = "" if table.training is None else f", training as {table.training}"
+    return f"{table.rows} x {table.width}, {table.init}{precision}{training}"

@@ -289,6 +289,7 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
         LowPrecisionTable(torch.zeros(3, 4), RowFormat("int8", 0.5), 4, 0)
 
 
+@pytest.mark.crossed
 @EVERY_WAY
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("state_precision", ["fp32", "bf16", "8bit"])
@@ -320,3 +321,21 @@ def test_every_rule_steps_them_whatever_its_state_takes(
         apart = steps if table.format.bits else right.abs() * 2.0 ** (-7 if kind == "bf16" else -10) + 1e-7
         assert bool(((got - right).abs() <= apart * 1.01 + 1e-6).all()), kind
         assert float((got - right).mean().abs()) < 2e-4 + 0.01 * float(steps.mean()), kind
+
+
+@EVERY_WAY
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # where a graph breaks
+def test_compiled_models_leave_them_to_python(quantization: str) -> None:
+    made = [collection(RowwiseAdagrad(0.05), quantization=quantization) for _ in range(2)]
+
+    def loss(coll: EmbeddingCollection, ids: Tensor, weights: Tensor) -> Tensor:
+        return (coll(ids) * weights).sum() + coll.lookup("C0", ids[:, 0]).sum()
+
+    compiled = torch.compile(loss, backend="eager")
+    for number in range(2):
+        compiled(made[0], *batch(number)).backward()
+        loss(made[1], *batch(number)).backward()
+    ids, _ = batch(0)
+    assert torch.equal(*(stored(coll)[0] for coll in made))
+    with pytest.raises(Exception, match=r"export\(\) and load\(\) the model"):
+        torch.export.export(made[0].eval(), (ids,))

@@ -39,6 +39,21 @@ def trio(torch: str | None, fbgemm: str | None, torchrec: str | None, name: str 
     return {k: Installed(v) for k, v in versions.items() if v is not None}.get
 
 
+def included_by(file: Path) -> set[str]:
+    """A C++ file and what it includes, directly or not, as names relative to the project."""
+    found = {file.relative_to(ROOT).as_posix()}
+    for name in re.findall(r'^#include "(.+)"', file.read_text(), re.M):
+        found |= included_by(file.parent / name)
+    return found
+
+
+def test_every_file_of_the_kernels_is_packed_and_watched():
+    """What is not listed would be missing from a source distribution, and an edit of it would compile nothing."""
+    (extension,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    listed = {*extension["sources"], *extension["depends"]}
+    assert listed == set().union(*(included_by(ROOT / source) for source in extension["sources"]))
+
+
 @pytest.mark.parametrize(("torch", "fbgemm"), PUBLISHED_PAIRS)
 @pytest.mark.parametrize("with_torchrec", [False, True])
 def test_published_pairs_fit(torch, fbgemm, with_torchrec):

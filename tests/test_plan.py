@@ -29,7 +29,7 @@ def schemas(draw: st.DrawFn) -> Schema:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(schemas(), st.integers(1, 10**7), st.integers(0, 300))
 def test_no_budget_is_exceeded_and_more_never_gives_less(method: str, schema: Schema, budget: int, below: int) -> None:
     sizes: list[int] = []

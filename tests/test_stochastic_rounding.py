@@ -15,7 +15,7 @@ from recsys_embed.kernels.native import library as native_library
 
 N = 40_000
 NATIVE = not isinstance(native_library.library(), str)
-KINDS = {"fp16": 1, "bf16": 2, "int8": 3, "int4": 4}
+KINDS = {"fp16": 1, "bf16": 2, "int8": 7, "int4": 8}
 
 
 def words(rows: int = N, width: int = 4, seed: int = 7, step: int = 3) -> Tensor:

@@ -158,11 +158,11 @@ template <i64 KIND>
 static PoolRows pool_of(i64 width) {
 #if RSE_FLOATS >= 8
   switch (width) {
-    case 8: return pool_rows<KIND, 8>;
+    case 8: return pool_rows<KIND, compiled(8)>;
     case 16: return pool_rows<KIND, 16>;
-    case 32: return pool_rows<KIND, 32>;
-    case 64: return pool_rows<KIND, 64>;
-    case 128: return pool_rows<KIND, 128>;
+    case 32: return pool_rows<KIND, compiled(32)>;
+    case 64: return pool_rows<KIND, compiled(64)>;
+    case 128: return pool_rows<KIND, compiled(128)>;
   }
 #endif
   return pool_rows_with_factors<KIND>;
@@ -198,13 +198,13 @@ static void pool(BagWalk& walk, i64 at, i64 n, const float* vectors, i64 w, floa
 
 static auto choose_pool(i64 width) {
   switch (width) {
-    case 1: return pool<1>;
-    case 4: return pool<4>;
-    case 8: return pool<8>;
+    case 1: return pool<compiled(1)>;
+    case 4: return pool<compiled(4)>;
+    case 8: return pool<compiled(8)>;
     case 16: return pool<16>;
-    case 32: return pool<32>;
-    case 64: return pool<64>;
-    case 128: return pool<128>;
+    case 32: return pool<compiled(32)>;
+    case 64: return pool<compiled(64)>;
+    case 128: return pool<compiled(128)>;
     default: return pool<0>;
   }
 }

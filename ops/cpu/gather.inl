@@ -25,6 +25,7 @@ struct Slot {
   i64 bytes;                // from a row to the next
   const i32* rows;
   const float* factor;      // of each id; null where none has one
+  i64 base, end;            // rows of the table
 };
 
 // Items of one shape: each combines `count` slots and writes them from columns[item] on, or writes `empty` if no slot
@@ -33,6 +34,7 @@ struct Slot {
 struct Group {
   i64 output, width, kind, join, count;
   bool factor;
+  bool slices;              // rows are elements, of which `width` are read, around the table's end
   u64 repeated;             // bit per slot of an item: its row is one element, broadcast to the width
   float empty, step;        // value where no slot has a row; distance of the codes of rows that train
   std::vector<Slot> slots;
@@ -40,7 +42,7 @@ struct Group {
 
   bool fits(const Group& o) const {
     return output == o.output && width == o.width && kind == o.kind && join == o.join && count == o.count &&
-           factor == o.factor && repeated == o.repeated && empty == o.empty && step == o.step;
+           factor == o.factor && slices == o.slices && repeated == o.repeated && empty == o.empty && step == o.step;
   }
 };
 
@@ -48,7 +50,7 @@ struct Group {
 struct Found {
   static constexpr i64 AHEAD = 32;
   std::vector<const char*> rows;
-  std::vector<float> factors;
+  std::vector<float> factors, around;
   std::vector<u64> first;
 
   void set(const Group& g, i64 n) {
@@ -60,6 +62,29 @@ struct Found {
       const char** to = rows.data() + s;
       for (i64 i = 0; i < n; i++, to += number) *to = from.rows[i] < 0 ? nullptr : from.table + i64(from.rows[i]) * from.bytes;
       for (i64 i = 0; g.factor && i < n; i++) factors[i * number + s] = from.factor[i];
+    }
+    if (g.slices) copy_around(g, n);
+  }
+
+  // Slices around the end of their table are read from copies.
+  void copy_around(const Group& g, i64 n) {
+    const i64 number = g.slots.size();
+    i64 count = 0;
+    for (const Slot& from : g.slots)
+      for (i64 i = 0; i < n; i++) count += from.rows[i] > from.end - g.width;
+    if (!count) return;
+    around.resize(count * g.width);
+    float* to = around.data();
+    for (i64 s = 0; s < number; s++) {
+      const Slot& from = g.slots[s];
+      const float* const table = reinterpret_cast<const float*>(from.table);
+      for (i64 i = 0; i < n; i++) {
+        const i64 row = from.rows[i], straight = from.end - row;
+        if (straight >= g.width) continue;
+        rows[i * number + s] = reinterpret_cast<const char*>(to);
+        to = std::copy_n(table + row, straight, to);
+        to = std::copy_n(table + from.base, g.width - straight, to);
+      }
     }
   }
 
@@ -81,9 +106,9 @@ struct Found {
   }
 
   // Calls fn(rows, factors, out) for each item and prefetches later rows. COUNT: slots of an item, 0 if not known.
-  // ANYWHERE: rows are not aligned to cache lines.
-  template <int COUNT, bool ANYWHERE = false, class F>
-  inline __attribute__((always_inline)) void each(const Group& g, i64 n, i64 bytes, const Matrix& out, F&& fn) const {
+  // `anywhere`: rows are not aligned to cache lines.
+  template <int COUNT, class F>
+  inline __attribute__((always_inline)) void each(const Group& g, i64 n, i64 bytes, bool anywhere, const Matrix& out, F&& fn) const {
     const i64 items = g.columns.size(), count = COUNT ? COUNT : g.count;
     const i64* const columns = g.columns.data();
     const char* const* from = rows.data();
@@ -93,7 +118,7 @@ struct Found {
       for (i64 m = 0; m < items; m++, from += count, by += count) {
         for (i64 j = 0; j < count; j++) {
           prefetch(from[AHEAD + j], bytes);
-          if (ANYWHERE) prefetch(from[AHEAD + j] + bytes - 1, 1);
+          if (anywhere) prefetch(from[AHEAD + j] + bytes - 1, 1);
         }
         fn(from, by, row + columns[m]);
       }
@@ -107,7 +132,7 @@ template <int W, int J, bool FACTOR, int COUNT>
 static void read_floats(const Group& g, const Found& found, i64 n, const Matrix& out) {
   const i64 width = width_of<W>(g.width);
   const i64 count = COUNT ? COUNT : g.count;
-  found.each<COUNT>(g, n, 4 * width, out, [&](const char* const* rows, const float* factors, float* o) {
+  found.each<COUNT>(g, n, 4 * width, COUNT == 1 && g.slices, out, [&](const char* const* rows, const float* factors, float* o) {
     if (COUNT == 1 && !rows[0]) return blocks<W>(width, [&](auto lanes, i64 k) { lanes.store(o + k, lanes.all(g.empty)); });
     blocks<W>(width, [&](auto lanes, i64 k) {
       auto value = [&](i64 j) {
@@ -141,13 +166,13 @@ static ReadGroup reader_of(const Group& g) {
 static ReadGroup choose_reader(const Group& g) {
   if (g.kind != FP32) return choose_decoder(g);
   switch (g.width) {
-    case 1: return reader_of<1>(g);
-    case 4: return reader_of<4>(g);
-    case 8: return reader_of<8>(g);
+    case 1: return reader_of<compiled(1)>(g);
+    case 4: return reader_of<compiled(4)>(g);
+    case 8: return reader_of<compiled(8)>(g);
     case 16: return reader_of<16>(g);
-    case 32: return reader_of<32>(g);
-    case 64: return reader_of<64>(g);
-    case 128: return reader_of<128>(g);
+    case 32: return reader_of<compiled(32)>(g);
+    case 64: return reader_of<compiled(64)>(g);
+    case 128: return reader_of<compiled(128)>(g);
     default: return reader_of<0>(g);
   }
 }

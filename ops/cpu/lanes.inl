@@ -45,6 +45,9 @@ RSE_LANES(8)
 RSE_LANES(16)
 #undef RSE_LANES
 
+// What a width is compiled as: itself, or 0, which is any.
+constexpr int compiled(int width) { return RSE_MANY_WIDTHS || width == 16 ? width : 0; }
+
 template <int W>
 static inline i64 width_of(i64 w) { return W ? W : w; }
 

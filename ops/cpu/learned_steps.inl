@@ -19,19 +19,21 @@ static float moved_step(const Stored& s, const float* before, const float* after
   return float(std::clamp(std::clamp(moved, old / 2, old * 2), 0x1p-16, 256.));
 }
 
+static inline uint16_t half_of(float value, const u32* random) {
+  return uint16_t(random ? half_codes<FP16, 1, true>(value, *random) : half_codes<FP16, 1, false>(value, 0));
+}
+
 // Rounds a row; with `before`, the floats before a step of the optimizer, its step learns first.
+template <i64 KIND>
 static void round_row_with_step(const Stored& s, const float* before, const float* values, i64 width, unsigned char* to, const Random* random) {
   float step = half_to_float(read_16(to));
   if (before) {
     const u32 word = random ? Words<1>::random(*random, width) : 0;
     const uint16_t bits = half_of(moved_step(s, before, values, width, step), random ? &word : nullptr);
     step = half_to_float(bits);
-    const uint16_t bias = half_of(-float(1 << (bits_of(s.kind) - 1)) * step, nullptr);
+    const uint16_t bias = half_of(-float(1 << (bits_of(KIND) - 1)) * step, nullptr);
     std::memcpy(to, &bits, 2);
     std::memcpy(to + 2, &bias, 2);
   }
-  Stored codes = s;
-  codes.kind = s.kind == INT8 ? STEP_INT8 : STEP_INT4;
-  codes.step = step;
-  round_row<0>(codes, values, width, to + 4, random);
+  round_row<KIND == INT8 ? STEP_INT8 : STEP_INT4, 0>(Division(step), values, width, to + 4, random);
 }

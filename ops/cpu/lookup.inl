@@ -58,7 +58,7 @@ class Reader {
     const RowLookup* all = c_.row_lookups + f.first;
     bool fits = true;
     for (i64 j = 0; j < f.row_lookups; j++) {
-      fits &= fits_slots(all[j]);
+      fits &= fits_slots(all[j]) || (fits_slices(all[j]) && (j + 1 == f.row_lookups || all[j + 1].join == STORE));
       fits &= all[j].join == STORE || (j && all[j].column == all[j - 1].column && kind_of(c_, all[j].storage) == kind_of(c_, all[j - 1].storage) && step_of(c_, all[j].storage) == step_of(c_, all[j - 1].storage));
     }
     for (i64 j = 0, count; fits && j < f.row_lookups; j += count) {
@@ -86,7 +86,7 @@ class Reader {
   bool by_ids() {
     if (c_.offsets || c_.ids_are_32 || c_.feature_stride != 1 || groups_.size() != 1 || !odd_.empty()) return false;
     Group& g = groups_[0];
-    if (g.count != 1 || g.factor || i64(g.slots.size()) != c_.feature_count) return false;
+    if (g.count != 1 || g.factor || g.slices || i64(g.slots.size()) != c_.feature_count) return false;
     limits_.resize(c_.feature_count);
     for (i64 k = 0; k < c_.feature_count; k++) {
       const Feature& f = c_.features[k];
@@ -148,14 +148,19 @@ class Reader {
     return p.span == p.width;
   }
 
+  bool fits_slices(const RowLookup& p) const {
+    const bool bare = !has_factor(p) && !p.has_sign && p.join == STORE;
+    return p.num_rows > 1 && bare && p.width == 1 && p.span == p.num_rows && p.span <= p.rows && kind_of(c_, p.storage) == FP32;
+  }
+
   // Adds row lookups [j, j + count) of a feature, combined; or, not `joined`, the unchanged row of one.
   void add_item(const Feature& f, const Chunk& at, i64 j, i64 count, i64 output, i64 column, bool joined) {
     const RowLookup* all = c_.row_lookups + f.first + j;
     const i64 width = joined ? all->span : all->width, join = count > 1 ? all[1].join : i64(STORE);
-    Group group{output, width, kind_of(c_, all->storage), join, count, false, 0, float(all->product), step_of(c_, all->storage), {}, {}};
+    Group group{output, width, kind_of(c_, all->storage), join, count, false, all->num_rows > 1, 0, float(all->product), step_of(c_, all->storage), {}, {}};
     for (i64 k = 0; joined && k < count; k++) {
       group.factor |= has_factor(all[k]);
-      group.repeated |= u64(all[k].span != all[k].width) << k;
+      group.repeated |= u64(all[k].num_rows == 1 && all[k].span != all[k].width) << k;
     }
     if (group.repeated && join == STORE) group.join = ADD;  // with a single slot, ADD stores
     auto found = std::find_if(groups_.begin(), groups_.end(), [&](const Group& g) { return g.fits(group); });
@@ -177,6 +182,7 @@ class Reader {
       slot.bytes = row_bytes(c_, p.storage);
       slot.rows = at.rows_of(j + k);
       slot.factor = factor;
+      slot.base = p.base, slot.end = p.base + p.rows;
     }
     found->columns.push_back(column);
   }

@@ -154,10 +154,10 @@ struct MaskKernels {
 
 static MaskKernels choose_mask(i64 width) {
   switch (width) {
-    case 8: return {mask_rows<8>, mask_gradients<8>};
+    case 8: return {mask_rows<compiled(8)>, mask_gradients<compiled(8)>};
     case 16: return {mask_rows<16>, mask_gradients<16>};
-    case 32: return {mask_rows<32>, mask_gradients<32>};
-    case 64: return {mask_rows<64>, mask_gradients<64>};
+    case 32: return {mask_rows<compiled(32)>, mask_gradients<compiled(32)>};
+    case 64: return {mask_rows<compiled(64)>, mask_gradients<compiled(64)>};
     default: return {mask_rows<0>, mask_gradients<0>};
   }
 }

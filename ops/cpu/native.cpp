@@ -24,6 +24,13 @@
 #include <immintrin.h>
 #endif
 
+// Of what is called once for many rows: not compiled again for each caller, or for each constant that one passes.
+#if defined(__GNUC__) && !defined(__clang__)
+#define RSE_ONCE __attribute__((noinline, noclone))
+#else
+#define RSE_ONCE __attribute__((noinline))
+#endif
+
 namespace {
 
 constexpr i64 CHUNK = 256;  // most ids per call of a transform
@@ -110,15 +117,28 @@ class Scratch {
   std::vector<Block> blocks_;
 };
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RSE_WIDE 1
+#endif
+
+// Kernels are compiled for many widths apart; but few of those for processors without AVX2, where others are known: each
+// makes the library take longer to compile.
+#ifdef RSE_WIDE
+#define RSE_MANY_WIDTHS 0
+#else
+#define RSE_MANY_WIDTHS 1
+#endif
+
 // Floats of a vector register. GCC's macros of instruction sets do not follow the pragmas below.
 #define RSE_FLOATS 4
 namespace plain {
 #include "kernels.inl"
 }
 #undef RSE_FLOATS
+#undef RSE_MANY_WIDTHS
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define RSE_WIDE 1
+#ifdef RSE_WIDE
+#define RSE_MANY_WIDTHS 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2,popcnt,f16c")
 #define RSE_FLOATS 8

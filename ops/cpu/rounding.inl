@@ -22,8 +22,9 @@ static inline Random random_of(u64 base, i64 row) {
 template <int N>
 struct Words;
 
-template <class U>
-static inline __attribute__((always_inline)) U random_words(U x, u32 high) {
+// `high` is one for all columns, or one for each.
+template <class U, class H>
+static inline __attribute__((always_inline)) U random_words(U x, H high) {
   x ^= x >> 16;
   x *= 0x85EBCA6Bu;
   x ^= high;
@@ -47,10 +48,19 @@ static inline __attribute__((always_inline)) U random_words(U x, u32 high) {
     static inline V uniform(U x) { return __builtin_convertvector((I)(x >> 8), V) * 0x1p-24f; }                   \
     static inline I integers(V v) { return __builtin_convertvector(v, I); }                                       \
     static inline V floats(I i) { return __builtin_convertvector(i, V); }                                         \
+    static inline U all(u32 x) { return x - U{}; }                                                                \
+    static inline U load(const u32* from) { return *reinterpret_cast<const U*>(from); }                           \
+    static inline U bits(V v) { return (U)v; }                                                                    \
+    static inline V floats_of(U bits) { return (V)bits; }                                                         \
     static inline void store(unsigned char* to, I i) {                                                            \
       typedef unsigned char B __attribute__((vector_size(N)));                                                    \
       const B bytes = __builtin_convertvector(i, B);                                                              \
       std::memcpy(to, &bytes, N);                                                                                 \
+    }                                                                                                             \
+    static inline void store_16(unsigned char* to, U i) {                                                         \
+      typedef uint16_t H __attribute__((vector_size(2 * N)));                                                     \
+      const H halves = __builtin_convertvector(i, H);                                                             \
+      std::memcpy(to, &halves, 2 * N);                                                                            \
     }                                                                                                             \
   };
 RSE_WORDS(4)
@@ -67,6 +77,23 @@ struct Words<1> {
   static inline V uniform(U x) { return float(i32(x >> 8)) * 0x1p-24f; }
   static inline I integers(V v) { return i32(v); }
   static inline V floats(I i) { return float(i); }
+  static inline U all(u32 x) { return x; }
+  static inline U load(const u32* from) { return *from; }
+  static inline U bits(V v) {
+    u32 found;
+    std::memcpy(&found, &v, 4);
+    return found;
+  }
+  static inline V floats_of(U bits) {
+    float found;
+    std::memcpy(&found, &bits, 4);
+    return found;
+  }
+  static inline void store(unsigned char* to, I i) { *to = (unsigned char)(i); }
+  static inline void store_16(unsigned char* to, U i) {
+    const uint16_t half = uint16_t(i);
+    std::memcpy(to, &half, 2);
+  }
 };
 
 // Divides by the distance of two codes. That of a power of two is a product, with the same bits in less time.
@@ -103,26 +130,26 @@ static inline __attribute__((always_inline)) typename Words<N>::I codes_of(typen
   return S::integers(whole > L::all(half - 1.f) ? L::all(half - 1.f) : whole);
 }
 
-// float32 to 16 bits. In the random case magnitudes grow by the random bits and are cut.
-static inline uint16_t brain_half_of(float value, const u32* random) {
-  u32 bits;
-  std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7F800000u) == 0x7F800000u) return uint16_t(bits >> 16 | u32((bits & 0x7FFFFFu) != 0) << 6);
-  if (!random) return uint16_t((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
-  return uint16_t((bits + (*random >> 16)) >> 16);
-}
-
-static inline uint16_t half_of(float value, const u32* random) {
-  u32 bits;
-  std::memcpy(&bits, &value, 4);
-  const u32 size = bits & 0x7FFFFFFFu, sign = bits >> 16 & 0x8000u;
-  if (size >= 0x7F800000u) return uint16_t(sign | (size > 0x7F800000u ? 0x7E00u : 0x7C00u));
-  if (size < 0x38800000u) {  // below 2^-14 the distance of two halves is 2^-24
-    const float scaled = std::fabs(value) * 0x1p24f;
-    return uint16_t(sign | (random ? u32(scaled + Words<1>::uniform(*random)) : u32((scaled + 0x1p23f) - 0x1p23f)));
+// float32 to 16 bits, in the low half of a word. Magnitudes grow by the random bits, those of `word`, and are cut.
+template <i64 KIND, int N, bool RANDOM>
+static inline __attribute__((always_inline)) typename Words<N>::U half_codes(typename Lanes<N>::V v, typename Words<N>::U word) {
+  typedef Words<N> S;
+  typedef typename S::U U;
+  const U bits = S::bits(v), size = bits & 0x7FFFFFFFu, infinite = S::all(0x7F800000u);
+  if constexpr (KIND == BF16) {
+    const U quiet = bits | (size > infinite ? S::all(0x400000u) : S::all(0u));
+    const U moved = bits + (RANDOM ? word >> 16 : (bits >> 16 & 1u) + 0x7FFFu);
+    return (size < infinite ? moved : quiet) >> 16;
+  } else {
+    const U least = S::all(0x38800000u);
+    // Below 2^-14 the distance of two halves is 2^-24.
+    const typename S::V scaled = S::floats_of(size < least ? size : S::all(0u)) * 0x1p24f;
+    const typename S::V near = RANDOM ? scaled + S::uniform(word) : (scaled + 0x1p23f) - 0x1p23f;
+    const U small = (U)S::integers(near), moved = size + (RANDOM ? word >> 19 : (size >> 13 & 1u) + 0xFFFu);
+    const U known = moved < S::all(0x47800000u) ? (moved - 0x38000000u) >> 13 : S::all(0x7C00u);
+    const U finite = size < least ? small : known;
+    return (bits >> 16 & 0x8000u) | (size > infinite ? S::all(0x7E00u) : finite);
   }
-  const u32 moved = size + (random ? *random >> 19 : 0xFFFu + (size >> 13 & 1));
-  return uint16_t(sign | (moved >= 0x47800000u ? 0x7C00u : (moved - 0x38000000u) >> 13));
 }
 
 // Codes of columns [from, from + count), one to a byte.
@@ -132,25 +159,25 @@ static inline __attribute__((always_inline)) void codes_of_row(const float* valu
   blocks<W>(count, [&](auto lanes, i64 k) __attribute__((always_inline)) {
     constexpr int N = sizeof(lanes.all(0.f)) / 4;
     const auto codes = codes_of<N>(lanes.load(values + from + k), step, half, random, from + k) + i32(half);
-    if constexpr (N == 1) to[k] = (unsigned char)(codes);
-    else Words<N>::store(to + k, codes);
+    Words<N>::store(to + k, codes);
   });
 }
 
 // Writes a row of floats in the format of the storage; `random` null: rounds to nearest.
-template <int W>
-static inline __attribute__((always_inline)) void round_row(const Stored& s, const float* from, i64 w, unsigned char* to, const Random* random) {
+template <i64 KIND, int W>
+static inline __attribute__((always_inline)) void round_row(const Division& step, const float* from, i64 w, unsigned char* to, const Random* random) {
   const i64 width = width_of<W>(w);
-  if (s.kind == FP16 || s.kind == BF16) {
-    for (i64 k = 0; k < width; k++) {
-      const u32 word = random ? Words<1>::random(*random, k) : 0;
-      const uint16_t half = s.kind == BF16 ? brain_half_of(from[k], random ? &word : nullptr) : half_of(from[k], random ? &word : nullptr);
-      std::memcpy(to + 2 * k, &half, 2);
-    }
+  if constexpr (KIND == FP16 || KIND == BF16) {
+    blocks<W>(width, [&](auto lanes, i64 k) __attribute__((always_inline)) {
+      constexpr int N = sizeof(lanes.all(0.f)) / 4;
+      typedef Words<N> S;
+      const auto v = lanes.load(from + k);
+      S::store_16(to + 2 * k, random ? half_codes<KIND, N, true>(v, S::random(*random, k)) : half_codes<KIND, N, false>(v, S::all(0u)));
+    });
     return;
+  } else if constexpr (bits_of(KIND) == 8) {
+    return codes_of_row<W>(from, 0, width, step, 128.f, random, to);
   }
-  const Division step(float(s.step));
-  if (bits_of(s.kind) == 8) return codes_of_row<W>(from, 0, width, step, 128.f, random, to);
   constexpr i64 most = 64;
   unsigned char codes[most];
   for (i64 k = 0; k < width; k += most) {
@@ -168,15 +195,5 @@ static inline __attribute__((always_inline)) void round_row(const Stored& s, con
       std::memcpy(to + (k + at) / 2, &packed, 4);
     }
     for (; at < count; at += 2) to[(k + at) / 2] = (unsigned char)(codes[at] | codes[at + 1] << 4);
-  }
-}
-
-// Rounds listed rows of floats [count, width] and stores them; where no rows are listed, the first `count`.
-static void store_rows(const Stored& s, const float* values, i64 width, const i64* rows, i64 from, i64 to, i64 step, unsigned char* table) {
-  const u64 base = random_base(s.seed, step);
-  for (i64 i = from; i < to; i++) {
-    const i64 row = rows ? rows[i] : i;
-    const Random random = random_of(base, row);
-    round_row<0>(s, values + i * width, width, table + row * s.bytes, s.stochastic ? &random : nullptr);
   }
 }

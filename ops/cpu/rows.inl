@@ -186,7 +186,7 @@ static void update_listed(const Update& u, float* table, i64 w, const i64* rows,
       if (u.decay != 0) blocks<W>(width, [&](auto lanes, i64 e) { lanes.store(found[k].gradient + e, lanes.load(g + e)); });
       if (i + k + block < to) prefetch_state(u, table, rows[i + k + block], width);
     }
-    update_rows<W>(u, table, found, count, i, w);
+    update_rows<W>(u, table, found, count, 0, i, w);
   }
 }
 

@@ -19,7 +19,7 @@ struct Row {
 };
 
 struct ElementRule {
-  static constexpr bool by_row = false;
+  static constexpr bool by_row = false, rare = false;
   // Step size of a row.
   inline float sized(const Update&, i64, float size) const { return size; }
   // Whether steps without a gradient leave the row unchanged.
@@ -55,7 +55,7 @@ struct Adagrad : ElementRule {
 
 struct RowwiseAdagrad {
   static constexpr const char* name = "rowwise_adagrad";
-  static constexpr bool by_row = true, shrinks = false;
+  static constexpr bool by_row = true, shrinks = false, rare = false;
   explicit RowwiseAdagrad(const Rule&) {}
   inline Factors factors(const Rule& r, i64 row, i64, float square, float size, float eps) const {
     return {1.f, size / (std::sqrt(r.state[0][row] += square) + eps)};
@@ -92,6 +92,7 @@ struct Adam : ElementRule {
 // from any weights.
 struct Ftrl : ElementRule {
   static constexpr const char* name = "ftrl";
+  static constexpr bool rare = true;
   static constexpr i64 elements = 2;
   float beta, l1, l2;
   explicit Ftrl(const Rule& r) : beta(float(r.constants[0])), l1(float(r.constants[1])), l2(float(r.constants[2])) {}
@@ -113,7 +114,7 @@ struct Ftrl : ElementRule {
 // Weight decay grows with the number of steps since the row was last read.
 struct RowwiseRmsprop {
   static constexpr const char* name = "rowwise_rmsprop";
-  static constexpr bool by_row = true, shrinks = true;
+  static constexpr bool by_row = true, shrinks = true, rare = true;
   float rest, alpha, least;
   explicit RowwiseRmsprop(const Rule& r)
       : rest(float(r.constants[0])), alpha(float(r.constants[1])), least(float(r.constants[2])) {}
@@ -173,59 +174,6 @@ static inline __attribute__((always_inline)) void scale_row(float* weight, const
   });
 }
 
-// A row of a table as floats: itself, or a copy that is rounded where it is written back.
-template <int W>
-class StoredRow {
- public:
-  StoredRow(const Update& u, float* table, i64 row, i64 width)
-      : u_(u), row_(row), width_(width), memory_(width), stored_(reinterpret_cast<unsigned char*>(table) + row * u.stored.bytes),
-        floats_(u.stored.bytes ? memory_.data() : table + row * width) {}
-
-  float* read() {
-    if (u_.stored.bytes) decode_row(u_.stored.kind, stored_, width_, floats_, float(u_.stored.step));
-    return floats_;
-  }
-
-  // In a step of the optimizer, by a gradient or without one.
-  void write(i64 step, bool by_gradient = false) {
-    if (!u_.stored.bytes) return;
-    const Random random = random_of(random_base(u_.stored.seed, step), row_);
-    if (has_steps(u_.stored)) {
-      Row<W> before(width_);
-      if (by_gradient) decode_row(u_.stored.kind, stored_, width_, before.data());
-      return round_row_with_step(u_.stored, by_gradient ? before.data() : nullptr, floats_, width_, stored_, u_.stored.stochastic ? &random : nullptr);
-    }
-    round_row<W>(u_.stored, floats_, width_, stored_, u_.stored.stochastic ? &random : nullptr);
-  }
-
- private:
-  const Update& u_;
-  i64 row_, width_;
-  Row<W> memory_;
-  unsigned char* stored_;
-  float* floats_;
-};
-
-template <int W>
-static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w);
-
-// As catch_up, with state that each step rounds, and rows of floats or of few bits.
-static void catch_up_rounded(const Update& u, float* table, i64 row, i64 to, i64 width) {
-  RowState state(u, width);
-  StoredRow<0> weights(u, table, row, width);
-  state.step.stored.bytes = 0;
-  for (i64 t = std::max<i64>(u.last[row], u.first) + 1; t <= to; t++) {
-    i32 last = i32(t - 1);
-    state.step.last = &last;
-    state.read(u.rule, row, width);
-    catch_up<0>(state.step, weights.read(), 0, t, width);
-    weights.write(t);
-    state.begin(u.rule, t);
-    state.write(u.rule, row, width);
-  }
-  u.last[row] = i32(to);
-}
-
 // Makes steps [from, to] of a row without a gradient: their gradient is the weight decay alone.
 template <int W>
 static inline void step_without_gradient(const Update& u, float* weight, i64 row, i64 from, i64 to, i64 w) {
@@ -249,25 +197,30 @@ static inline void step_without_gradient(const Update& u, float* weight, i64 row
   });
 }
 
-// Rows that train in few bits are rounded in each step, whether it was deferred or not.
-static void catch_up_stored(const Update& u, float* table, i64 row, i64 from, i64 to, i64 width);
+// As step_without_gradient, of a row or states that each step rounds, whether it was deferred or not.
+static void step_rounded_without_gradient(const Update& u, float* table, i64 row, i64 from, i64 to, i64 width);
 
-// Applies the steps up to `to` that a row was not read in.
 template <int W>
-static inline void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w) {
-  if (!u.last || u.last[row] >= to) return;
-  if (u.rule.rounded) return catch_up_rounded(u, table, row, to, width_of<W>(w));
+static RSE_ONCE void catch_up_missed(const Update& u, float* table, i64 row, i64 to, i64 w) {
+  const i64 width = width_of<W>(w);
   // Steps before the first of the log are part of every row.
   const i64 from = std::max<i64>(u.last[row], u.first) + 1;
   u.last[row] = i32(to);
-  if (u.stored.bytes) return catch_up_stored(u, table, row, from, to, width_of<W>(w));
-  step_without_gradient<W>(u, table + row * width_of<W>(w), row, from, to, w);
+  if (u.rule.rounded || u.stored.bytes) step_rounded_without_gradient(u, table, row, from, to, width);
+  else step_without_gradient<W>(u, table + row * width, row, from, to, w);
 }
 
-// A row and its summed gradient.
+// Applies the steps up to `to` that a row was not read in.
+template <int W>
+static inline __attribute__((always_inline)) void catch_up(const Update& u, float* table, i64 row, i64 to, i64 w) {
+  if (u.last && u.last[row] < to) catch_up_missed<W>(u, table, row, to, w);
+}
+
+// A row and its summed gradient, and its weights where they are not those of the table.
 struct Summed {
   i64 row;
   float* gradient;
+  float* weight;
 };
 
 // Writes the gradients instead of making a step; `at` is the first row's place in a sparse gradient.
@@ -308,50 +261,32 @@ static inline __attribute__((always_inline)) void prefetch_state(const Update& u
   if (u.last) prefetch<2>(u.last + row, 4);
 }
 
-#include "low_precision.inl"
-
-template <int W, i64 AHEAD = 0>
-static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w);
-
-// As update_rows, with state that each step rounds, and rows of floats or of few bits.
-template <int W>
-static void update_rows_rounded(const Update& u, float* table, const Summed* rows, i64 count, i64 w) {
-  const i64 width = width_of<W>(w);
-  RowState state(u, width);
-  state.step.stored.bytes = 0;
-  for (i64 i = 0; i < count; i++) {
-    const i64 row = rows[i].row;
-    if (u.last) {
-      catch_up<W>(u, table, row, u.step - 1, width);
-      u.last[row] = i32(u.step);
-    }
-    StoredRow<W> weights(u, table, row, width);
-    state.read(u.rule, row, width);
-    const Summed alone{0, rows[i].gradient};
-    update_rows<W>(state.step, weights.read(), &alone, 1, 0, width);
-    weights.write(u.step, true);
-    state.write(u.rule, row, width);
-  }
-}
-
 // One step on each row; may overwrite its gradient with weight decay. The rule is chosen once for all rows: for narrow
-// rows, choosing it takes half of the time. AHEAD: rows that are prefetched before the one in work.
-template <int W, i64 AHEAD>
-static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 at, i64 w) {
-  if (u.rule.number < 0) return hand_out<W>(u, rows, count, at, w);
+// rows, choosing it takes half of the time. `ahead`: rows that are prefetched before the one in work; 0: none.
+template <int W>
+static RSE_ONCE void step_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 ahead, i64 w) {
   const i64 width = width_of<W>(w);
-  if (u.rule.rounded || has_steps(u.stored)) return update_rows_rounded<common_width(W)>(u, table, rows, count, width);
-  if (u.stored.bytes) return update_stored_rows<common_width(W)>(u, table, rows, count, width);
   const float size = size_of(u, u.step), eps = epsilon_of(u, u.step), decay = float(u.decay);
+  const i64 prefetched = ahead ? count - ahead : 0;
   Rules::with(u.rule, [&](const auto& rule) {
+    constexpr int V = std::decay_t<decltype(rule)>::rare && W != 16 ? 0 : W;  // what few use is compiled for few widths
     for (i64 i = 0; i < count; i++) {
-      if (AHEAD && i + AHEAD < count) prefetch_state(u, table, rows[i + AHEAD].row, width);
+      if (i < prefetched) prefetch_state(u, table, rows[i + ahead].row, width);
       const i64 row = rows[i].row;
       if (u.last) {
         catch_up<W>(u, table, row, u.step - 1, w);
         u.last[row] = i32(u.step);
       }
-      step_row<W>(u, rule, table + row * width, rows[i].gradient, row, size, eps, decay, w);
+      step_row<V>(u, rule, table ? table + row * width : rows[i].weight, rows[i].gradient, row, size, eps, decay, width);
     }
   });
+}
+
+#include "low_precision.inl"
+
+template <int W>
+static void update_rows(const Update& u, float* table, const Summed* rows, i64 count, i64 ahead, i64 at, i64 w) {
+  if (u.rule.number < 0) hand_out<W>(u, rows, count, at, w);
+  else if (u.rule.rounded || u.stored.bytes) step_rounded_rows(u, table, rows, count, width_of<W>(w), step_rows<W>);
+  else step_rows<W>(u, table, rows, count, ahead, w);
 }

@@ -108,7 +108,7 @@ static void update_elements(const Call& c, const std::vector<Source>& sources, c
         const i64 k = word * 64 + __builtin_ctzll(bits);
         rows[count++] = {first + k, memory.sum.data() + k};
       }
-      update_rows<1>(u, table, rows, count, place, 1);
+      update_rows<1>(u, table, rows, count, 0, place, 1);
     }
   });
 }

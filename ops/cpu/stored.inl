@@ -223,7 +223,7 @@ static inline const unsigned char* stored_row(const Call& c, i64 storage, i64 ro
 template <i64 KIND, int W, bool SINGLE>
 static void read_stored(const Group& g, const Found& found, i64 n, const Matrix& out) {
   const i64 width = W ? W : g.width;
-  found.each<SINGLE ? 1 : 0, true>(g, n, g.slots[0].bytes, out, [&](const char* const* rows, const float* factors, float* o) {
+  found.each<SINGLE ? 1 : 0>(g, n, g.slots[0].bytes, true, out, [&](const char* const* rows, const float* factors, float* o) {
     if (!rows[0]) std::fill_n(o, width, g.empty);
     const i64 count = SINGLE ? 1 : g.count;
     for (i64 j = 0; j < count; j++) {
@@ -248,10 +248,10 @@ template <i64 KIND>
 static ReadStored decoder_of(const Group& g) {
   if (g.count > 1 || g.factor) return read_stored<KIND, 0, false>;
   switch (g.width) {
-    case 8: return read_stored<KIND, 8, true>;
+    case 8: return read_stored<KIND, compiled(8), true>;
     case 16: return read_stored<KIND, 16, true>;
-    case 32: return read_stored<KIND, 32, true>;
-    case 64: return read_stored<KIND, 64, true>;
+    case 32: return read_stored<KIND, compiled(32), true>;
+    case 64: return read_stored<KIND, compiled(64), true>;
     default: return read_stored<KIND, 0, true>;
   }
 }

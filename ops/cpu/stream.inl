@@ -32,7 +32,7 @@ struct Portion {
 };
 
 // Reads the marks of a share's lookups in their order, a portion at a time.
-template <int W, bool PAIR>
+template <int W>
 class Portions {
  public:
   Portions(const Update& u, const float* table, const Share& share, const Bases& bases, i64 width)
@@ -57,6 +57,7 @@ class Portions {
         add(reads_[read_], id_, to);
         if (++read_ == number) read_ = 0, id_++;
       }
+    prefetch_first(to);
     return n > 0;
   }
 
@@ -68,10 +69,11 @@ class Portions {
   };
 
   void add(const Read& read, i64 b, Portion& to) const {
-    const i32 mark = read.source->of[b];
+    const i32 mark = read.source->of[b], code = -2 - mark;
     const bool shared = mark < -1;
-    const i64 place = shared ? i64(-2 - mark) >> 2 : 0, from = read.source->place(b);
-    i64 kind = shared ? (-2 - mark) & 3 : mark < 0 ? NO_ROW : ALONE;
+    const i64 place = shared ? code >> 2 : 0, from = read.source->place(b);
+    i64 kind = shared ? code & 3 : ALONE + (mark < 0);
+    static_assert(NO_ROW == ALONE + 1, "");
     if (share_.end_place && kind != NO_ROW) {
       const bool own = shared ? place >= share_.first_place && place < share_.end_place : mark >= share_.first_row && mark <= share_.last_row;
       kind = own ? kind : i64(NO_ROW);
@@ -79,16 +81,23 @@ class Portions {
     Items& items = to.of[kind];
     Item& item = items.all[items.count++];
     item.gradient = read.base.gradient + from * read.base.stride;
-    item.other = PAIR && read.base.other ? read.base.other + from * read.base.other_stride : nullptr;
+    item.other = read.base.other ? read.base.other + from * read.base.other_stride : nullptr;
     item.sum = read.table->sums + place * width_;
-    item.row = shared ? read.table->row_of[place] : mark;
+    // Read without a branch on the mark, which is hard to predict; of a row that is not shared, it is not used.
+    const i32 row = read.table->row_of[place];
+    item.row = shared ? row : mark;
     item.factor = read.base.factor;
+    prefetch<2>(item.gradient, 4 * width_of<W>(width_));
+    if (item.other) prefetch<2>(item.other, 4 * width_of<W>(width_));
+  }
+
+  // What the first items of each kind go to; later ones are prefetched while these are worked on.
+  void prefetch_first(const Portion& of) const {
     const i64 width = width_of<W>(width_);
-    prefetch<2>(item.gradient, 4 * width);
-    if (PAIR && item.other) prefetch<2>(item.other, 4 * width);
-    if (items.count > Items::AHEAD || kind == NO_ROW) return;
-    if (kind != ALONE) prefetch<2>(item.sum, 4 * width);
-    if (kind & LAST) prefetch_state(update_, table_, item.row, width);
+    for (i64 kind : {i64(MIDDLE), i64(FIRST), i64(LAST)})
+      for (i64 i = 0; i < std::min(of.of[kind].count, Items::AHEAD); i++) prefetch<2>(of.of[kind].all[i].sum, 4 * width);
+    for (i64 kind : {i64(LAST), i64(ALONE)})
+      for (i64 i = 0; i < std::min(of.of[kind].count, Items::AHEAD); i++) prefetch_state(update_, table_, of.of[kind].all[i].row, width);
   }
 
   const Update& update_;
@@ -100,21 +109,25 @@ class Portions {
 };
 
 // to = gradient, or with ADD to + gradient, of an item.
-template <int W, bool PAIR, bool ADD>
+template <int W, bool ADD>
 static inline __attribute__((always_inline)) void take_gradient(const Item& item, float* to, i64 w) {
-  blocks<W>(width_of<W>(w), [&](auto lanes, i64 k) {
-    auto v = lanes.load(item.gradient + k) * item.factor;
-    if (PAIR && item.other) v *= lanes.load(item.other + k);
-    lanes.store(to + k, ADD ? lanes.load(to + k) + v : v);
-  });
+  auto take = [&](auto by) __attribute__((always_inline)) {
+    blocks<W>(width_of<W>(w), [&](auto lanes, i64 k) __attribute__((always_inline)) {
+      auto v = lanes.load(item.gradient + k) * item.factor;
+      if (decltype(by)::value) v *= lanes.load(item.other + k);
+      lanes.store(to + k, ADD ? lanes.load(to + k) + v : v);
+    });
+  };
+  if (item.other) take(std::true_type());
+  else take(std::false_type());
 }
 
 // Sums of a share's rows, and the steps of those whose gradient is complete.
-template <int W, bool PAIR>
-static void stream(const Update& u, float* table, i64 w, const Bases& bases, const Share& share) {
+template <int W>
+static RSE_ONCE void stream(const Update& u, float* table, i64 w, const Bases& bases, const Share& share) {
   const i64 width = width_of<W>(w);
   Row<W * Items::MOST> memory(width * Items::MOST);
-  Portions<W, PAIR> portions(u, table, share, bases, width);
+  Portions<W> portions(u, table, share, bases, width);
   std::unique_ptr<Portion[]> two(new Portion[2]);
   Portion *now = &two[0], *later = &two[1];
   Summed rows[Items::MOST];
@@ -124,7 +137,7 @@ static void stream(const Update& u, float* table, i64 w, const Bases& bases, con
       const Items& items = now->of[kind];
       for (i64 i = 0; i < items.count; i++) {
         if (i + Items::AHEAD < items.count) prefetch<2>(items.all[i + Items::AHEAD].sum, 4 * width);
-        take_gradient<W, PAIR, decltype(add)::value>(items.all[i], items.all[i].sum, w);
+        take_gradient<W, decltype(add)::value>(items.all[i], items.all[i].sum, w);
       }
     };
     sum(FIRST, std::false_type());
@@ -135,10 +148,10 @@ static void stream(const Update& u, float* table, i64 w, const Bases& bases, con
     for (i64 i = 0; i < now->of[ALONE].count; i++) {
       const Item& item = now->of[ALONE].all[i];
       float* own = const_cast<float*>(item.gradient);
-      if ((PAIR && item.other) || item.factor != 1.f || u.decay != 0) take_gradient<W, PAIR, false>(item, own = memory.data() + i * width, w);
+      if (item.other || item.factor != 1.f || u.decay != 0) take_gradient<W, false>(item, own = memory.data() + i * width, w);
       rows[count++] = {item.row, own};
     }
     const i64 at = u.rule.number == SPARSE_GRADIENT ? claim(u, count) : 0;
-    update_rows<W, Items::AHEAD>(u, table, rows, count, at, w);
+    update_rows<W>(u, table, rows, count, Items::AHEAD, at, w);
   }
 }

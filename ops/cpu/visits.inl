@@ -9,20 +9,20 @@ struct Visits {
 };
 
 template <int W>
-static Visits visits_of(bool pairs) {
-  return {pairs ? stream<W, true> : stream<W, false>, catch_up_sorted<W>, catch_up_listed<W>, update_listed<W>};
+static Visits visits_of() {
+  return {stream<W>, catch_up_sorted<W>, catch_up_listed<W>, update_listed<W>};
 }
 
-static Visits choose_visits(i64 width, bool pairs = false) {
+static Visits choose_visits(i64 width) {
   switch (width) {
-    case 1: return visits_of<1>(pairs);
-    case 4: return visits_of<4>(pairs);
-    case 8: return visits_of<8>(pairs);
-    case 16: return visits_of<16>(pairs);
-    case 32: return visits_of<32>(pairs);
-    case 64: return visits_of<64>(pairs);
-    case 128: return visits_of<128>(pairs);
-    default: return visits_of<0>(pairs);
+    case 1: return visits_of<compiled(1)>();
+    case 4: return visits_of<compiled(4)>();
+    case 8: return visits_of<compiled(8)>();
+    case 16: return visits_of<16>();
+    case 32: return visits_of<compiled(32)>();
+    case 64: return visits_of<compiled(64)>();
+    case 128: return visits_of<compiled(128)>();
+    default: return visits_of<0>();
   }
 }
 
@@ -118,8 +118,6 @@ static void catch_up_tables(const Call& c, const std::vector<Source>& sources, c
 
 // One step of the rows that are read.
 static void update_tables(const Call& c, const std::vector<Source>& sources, const Bases& bases, const Update& u, float* table, i64 width, Scratch& scratch) {
-  bool pairs = false;
-  for (const Source& s : sources) pairs |= bases[s.tag].other != nullptr;
   Divided divided(c, sources, true, scratch);
   std::vector<Marked> marked;
   for (const TableReads& t : divided.tables)
@@ -156,7 +154,7 @@ static void update_tables(const Call& c, const std::vector<Source>& sources, con
     if (t != before + 1 || held + divided.tables[t].lookups() / 2 > most) shares.push_back({&marked[t], 0, 0, 0, 0, 0}), held = 0;
     shares.back().count++, held += divided.tables[t].lookups();
   }
-  const auto visit = choose_visits(width, pairs).stream;
+  const auto visit = choose_visits(width).stream;
   next = 0;
   parallel(c.threads, [&](i64, i64) {
     for (i64 i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < i64(shares.size());) visit(u, table, width, bases, shares[i]);

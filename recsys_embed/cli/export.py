@@ -40,6 +40,10 @@ def export(
         str | None,
         typer.Option("--search", help="Scales of integer rows: minmax (fast), greedy or mse (least error)."),
     ] = None,
+    rows_per_scale: Annotated[
+        int,
+        typer.Option("--rows-per-scale", help="Consecutive rows of few bits that share a scale: smaller, read slower."),
+    ] = 1,
     prune: Annotated[bool, typer.Option(help="Drop rows and columns of zeros where that saves bytes.")] = True,
     data: Annotated[
         Path | None,
@@ -91,6 +95,7 @@ def export(
         precision,  # type: ignore[arg-type]
         prune=prune,
         search=search,  # type: ignore[arg-type]
+        rows_per_scale=rows_per_scale,
         evaluate=None if data is None else _quality(data, split, how),
         metric=f"{split} {_metric(found, how)}",
         encoders=_encoders(found, data) if encoders else False,

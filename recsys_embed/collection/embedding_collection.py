@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -21,14 +21,14 @@ from recsys_embed.core import hashing
 from recsys_embed.core.footprint import Footprint
 from recsys_embed.core.program import LookupProgram, Table
 from recsys_embed.embedding.module_tables import STORED_UNSEEN
-from recsys_embed.errors import BackendError, ConfigError, raise_faults
+from recsys_embed.errors import BackendError, CheckpointError, ConfigError, raise_faults
 from recsys_embed.features import Schema
 from recsys_embed.kernels import dispatch
 from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
 from recsys_embed.kernels.fused_gather import FusedGather
 from recsys_embed.kernels.id_checks import check_id_dtype, given_ids
 from recsys_embed.kernels.indexes import IndexStore
-from recsys_embed.kernels.low_precision_table import LowPrecisionTable
+from recsys_embed.kernels.low_precision_states import STORED_NUMBERS, low_precision_tables, numbers_to_save
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native.autograd import NativeStep
 from recsys_embed.kernels.native.masks import Masking
@@ -41,6 +41,9 @@ from recsys_embed.optim import FusedOptimizer, unfused_parameters
 from recsys_embed.plan import Plan
 from recsys_embed.registry import with_current_names
 from recsys_embed.utils.types import JSON, Ids, IdValues
+
+# In a state dict's configuration: the tables in each storage of low-precision rows.
+STORED_TABLES = "stored_tables"
 
 
 class EmbeddingCollection(FusedTables):
@@ -71,6 +74,10 @@ class EmbeddingCollection(FusedTables):
 
     # What finding the tables of a model takes these modules for.
     table_kind: ClassVar[str] = "collection"
+    # Whether rows train in few bits.
+    _few_bits = False
+    # Whether an exported file filled it: rows are then as they are served, whatever the plan says.
+    from_file: bool = False
 
     def __init__(
         self,
@@ -110,13 +117,20 @@ class EmbeddingCollection(FusedTables):
             _say_what_torch_runs(plan.gathered(schema), backend if by_name else None)
         shapes, places = stack_tables(tables)
         formats = formats_of(tables, places)
-        if formats and by_name and backend == "triton":
-            raise BackendError(
-                "backend 'triton' does not step rows that train in few bits (`quantization` other than 'ptq'); use "
-                "backend 'auto', 'native' or 'torch'"
+        if backend == "triton" and any(f.has_master for f in formats.values()):
+            if by_name:
+                raise BackendError(
+                    "backend 'triton' does not read rows rounded (`quantization='lsq'`); use backend 'auto', 'native' "
+                    "or 'torch'"
+                )
+            backend = "torch"
+            dispatch.say_once(
+                "a collection whose rows are read rounded (`quantization='lsq'`) runs on torch on a GPU, all of its "
+                "features; keep features of other quantization in a collection of their own"
             )
         super().__init__(shapes, optimizer, like.device, like.dtype, backend, formats, seed)
         self.schema, self.plan, self.seed, self.sparse = schema, plan, seed, sparse
+        self._few_bits = bool(formats)
         self.tables, self.places = tables, places
         # What a loaded export reads in place of its tables.
         self.served: StoredTables | None = None
@@ -262,11 +276,8 @@ class EmbeddingCollection(FusedTables):
         Raises:
             IdRangeError: names the first feature with an unseen id that neither its ``unseen`` nor its method takes.
         """
-        if torch.compiler.is_compiling() and any(isinstance(t, LowPrecisionTable) for t in self._parameters.values()):
-            raise ConfigError(
-                "torch.compile and torch.export do not trace rows that train in few bits; leave the collection out "
-                "(torch.compiler.disable), or export() and load() the model, whose rows are plain tensors"
-            )
+        if self._few_bits and torch.compiler.is_compiling():
+            return self._apart("forward")(self, ids, offsets, per_sample_weights, mask=mask)
         stepping = self._stepping
         if not stepping:
             self._catch_up_before_reading()
@@ -339,6 +350,8 @@ class EmbeddingCollection(FusedTables):
         >>> history.shape, bool(history[0, 2].any()), torch.equal(history[0, 0], coll.lookup("item", torch.tensor(7)))
         (torch.Size([2, 3, 4]), False, True)
         """
+        if self._few_bits and torch.compiler.is_compiling():
+            return self._apart("lookup")(self, feature, ids)
         stepping = self._stepping
         bundle: LookupBundle = self._modules["bundle"]  # type: ignore[assignment]
         number = bundle.position(feature)
@@ -360,6 +373,15 @@ class EmbeddingCollection(FusedTables):
             out = bundle.unpooled_batched(number, batched, flat, found[1], step, self.sparse)
         return out.view(*given.shape, out.shape[1])
 
+    def _apart(self, name: str) -> Callable[..., Tensor]:
+        """A method that compiled code leaves to Python, because the compiler does not know rows of few bits."""
+        if torch.compiler.is_exporting():
+            raise ConfigError(
+                "torch.export does not trace low-precision rows; export() and load() the model, whose rows "
+                "are plain tensors"
+            )
+        return _APART[name]
+
     def _step_of(self, batched: BatchedLookup | None, stepping: bool) -> tuple[NativeStep | None, Gather]:
         """What kernels, and the torch operations beside them, do in backward: one step together."""
         if not stepping:
@@ -377,14 +399,14 @@ class EmbeddingCollection(FusedTables):
         weights = sum(p.nbytes for p in self.parameters())
         state = sum(getattr(self, f"{name}_{key}").nbytes for name, key in self._states())
         index = sum(store.nbytes for store in self.modules() if isinstance(store, IndexStore | RowCaches))
-        gradient = sum(p.nbytes for p in unfused_parameters(self))
+        gradient = sum(p.numel() * p.element_size() for p in unfused_parameters(self))
         served = sum((m.footprint() for m in self.modules() if isinstance(m, StoredTables)), Footprint())
         unrounded = sum(table.trained_bytes(size) - table.nbytes(size) for table, size in self._held_tables())
         return served + Footprint(weights - unrounded, index, state, gradient, unrounded)
 
     def _held_tables(self) -> Iterator[tuple[Table, int]]:
         """Tables that parameters hold, of rows and of heads, with the bytes of their elements."""
-        if self.served is not None:
+        if self.from_file:
             return
         of_heads = self.bundle.heads.tables()
         for key, table in self.tables.items():
@@ -401,7 +423,29 @@ class EmbeddingCollection(FusedTables):
 
     def get_extra_state(self) -> Tensor:
         """Schema and plan as JSON bytes, so that a state dict refuses to load elsewhere."""
-        return _state.pack(self._identity())
+        return _state.pack({**self._identity(), **numbers_to_save(self), **self._tables_of_low_precision()})
+
+    def _tables_of_low_precision(self) -> JSON:
+        """The tables in each storage of low-precision rows, in order: the distances of codes decide who shares one."""
+        held: dict[str, list[str]] = {name: [] for name, _ in low_precision_tables(self)}
+        for key, place in self.places.items():
+            if place.storage in held:
+                held[place.storage].append(key)
+        return {STORED_TABLES: held} if held else {}
+
+    def _without_tables_of_low_precision(self, where: str, identity: object) -> object:
+        """A saved identity in its present form, once its low-precision rows are known to stand where they do here."""
+        if not isinstance(identity, dict):
+            return with_current_names(identity)
+        own = self._tables_of_low_precision()
+        saved = identity.pop(STORED_TABLES, own.get(STORED_TABLES))  # earlier versions did not say it
+        if {STORED_TABLES: saved} != own and own:
+            raise CheckpointError(
+                f"low-precision rows of {where} stand in other storages here, because initial weights decide the "
+                "distance of their codes; give each feature the `init` that it had, or set `quantization_step` in both "
+                f"plans; saved {saved}, here {own[STORED_TABLES]}"
+            )
+        return with_current_names(identity)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to restore: the comparison comes before any weight is copied."""
@@ -411,7 +455,9 @@ class EmbeddingCollection(FusedTables):
         if prefix + "_extra_state" in state_dict:
             where = prefix.rstrip(".") or type(self).__name__
             saved = state_dict[prefix + "_extra_state"]
-            _state.check(saved, self._identity(), where, ("init", "padding_idx"), STORED_UNSEEN, with_current_names)
+            ignore = ("init", "padding_idx", *STORED_NUMBERS)
+            upgrade = partial(self._without_tables_of_low_precision, where)
+            _state.check(saved, self._identity(), where, ignore, STORED_UNSEEN, upgrade)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -439,3 +485,6 @@ def _say_what_torch_runs(programs: Mapping[str, LookupProgram], named: str | Non
     if named is not None:
         way_out = "'auto' runs these on torch and the others batched, 'torch' runs all"
         raise_faults(faults, f"backend {named!r}; {way_out}", BackendError)
+
+
+_APART = {name: torch._disable_dynamo(getattr(EmbeddingCollection, name)) for name in ("forward", "lookup")}

@@ -32,7 +32,7 @@ from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.derivatives import catching_up
 from recsys_embed.kernels.gather_ops import catch_up_all
-from recsys_embed.kernels.low_precision_table import allocate_table, apply_apart, load_stored, save_stored
+from recsys_embed.kernels.low_precision_states import allocate_table, apply_apart, load_stored, save_stored
 from recsys_embed.kernels.native import lookup as native
 from recsys_embed.kernels.native import row_steps
 from recsys_embed.kernels.native.lookup import Ids, NativeLookup
@@ -392,7 +392,7 @@ class TablesWithState(nn.Module):
             version = metadata.get("version") if self._in_backward else 2
             states = {name: self._state(name) for name in self.storages}
             saved = take_state(state_dict, prefix, self.optimizer, states, version, lacking)
-        load_stored(self, state_dict, prefix)
+        load_stored(self, state_dict, prefix, metadata)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         self._own_parameters()
         if self.optimizer is not None and loaded:

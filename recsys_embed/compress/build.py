@@ -15,9 +15,10 @@ from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.program import Table
 from recsys_embed.discover import FoundTable
 from recsys_embed.embedding import CompressedEmbedding
-from recsys_embed.embedding.shared_tables import SharedTables
+from recsys_embed.embedding.shared_tables import SharedTables, described
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import Unseen
+from recsys_embed.kernels.low_precision_table import LowPrecisionTable
 from recsys_embed.kernels.unseen_ids import with_unseen_row
 from recsys_embed.registry import get_method
 
@@ -74,6 +75,14 @@ class TableReplacement:
             return self.table.rows * self.table.width * self.table.dtype.itemsize
         itemsize = self.table.dtype.itemsize
         return self.config.footprint(self.trial.spec, itemsize).serve - sum(t.nbytes(itemsize) for t in self.shared())
+
+    def held_bytes(self) -> int:
+        """Bytes that this table alone holds while it trains."""
+        if self.trial is None:
+            return self.own_bytes()
+        itemsize = self.table.dtype.itemsize
+        whole = self.config.footprint(self.trial.spec, itemsize)
+        return whole.serve + whole.unrounded - sum(t.trained_bytes(itemsize) for t in self.shared())
 
 
 def call_options(module: nn.Module) -> dict[str, Any]:
@@ -147,12 +156,19 @@ def shared_faults(group: Sequence[TableReplacement]) -> list[str]:
     """Faults: why the tables of a group cannot share tables as planned."""
     faults: list[str] = []
     first: dict[str, tuple[Any, Any, str]] = {}
+    formats: dict[str, str] = {}
     for replacement in group:
         traits = (replacement.table.device, replacement.table.dtype, replacement.table.requires_grad)
         for table in replacement.shared():
             known, shape, other = first.setdefault(
                 table.name, (traits, (table.rows, table.width), replacement.table.name)
             )
+            rows = formats.setdefault(table.name, described(table))
+            if rows != described(table):
+                faults.append(
+                    f"shared table {table.name!r} has {rows} for {other!r} and {described(table)} for "
+                    f"{replacement.table.name!r}; give both the same options"
+                )
             if shape != (table.rows, table.width):
                 faults.append(
                     f"shared table {table.name!r} is {shape[0]} x {shape[1]} for {other!r} and {table.rows} x "
@@ -242,8 +258,14 @@ def plain_values(modules: Sequence[nn.Module]) -> nn.Parameter:
     drop_ins = cast("Sequence[CompressedEmbedding]", modules)
     first = drop_ins[0]
     own = first._parameters.get("weight")
-    # Of a loaded file the rows may be stored otherwise, and then they are decoded as all others are.
-    if own is not None and first.config.method == "full" and first.spec.num_ids == first.num_embeddings:
+    # Rows of a loaded file, and those that train in few bits, may be stored otherwise: they are decoded as others are.
+    stores_floats = own is not None and not isinstance(cast("object", own), LowPrecisionTable)
+    if (
+        own is not None
+        and stores_floats
+        and first.config.method == "full"
+        and first.spec.num_ids == first.num_embeddings
+    ):
         return own
     values, padding = first.materialize(), first.padding_idx
     other = next((m for m in drop_ins if m.padding_idx != padding), None)

@@ -281,7 +281,7 @@ class ModuleExchange:
 
 def _storage_address(tensor: Tensor) -> int:
     try:
-        return memory_of(tensor.untyped_storage())
+        return memory_of(getattr(tensor, "stored", tensor).untyped_storage())  # of rows that train in few bits
     except (NotImplementedError, RuntimeError):  # sparse, or without a storage of its own
         return 0
 

@@ -24,6 +24,7 @@ from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.tied_linear import TiedLinear
 from recsys_embed.errors import CheckpointError, ConfigError, raise_faults
 from recsys_embed.kernels.derived_tensors import recreate_derived_tensors
+from recsys_embed.kernels.low_precision_states import low_precision_tables
 from recsys_embed.utils.optional import require
 from recsys_embed.utils.settings import param
 
@@ -138,6 +139,12 @@ class CompressedTablesQuantizer(HfQuantizer):
             raise ConfigError(
                 f"tables {served} are read from an exported file, which save_pretrained cannot copy; keep that file, "
                 "and load it into the same class: recsys_embed.load(path, into=model)"
+            )
+        few = [t.name for t in tables for m in _drop_ins(t) if any(True for _ in low_precision_tables(m))]
+        if few:
+            raise ConfigError(
+                f"low-precision tables {few} have no form in files of transformers; save them by "
+                "torch.save(model.state_dict(), path), or export the model: recsys_embed.export(model, path)"
             )
         model.config.quantization_config = CompressedTablesConfig(list(_described(model, tables)))
         state = dict(model.state_dict())

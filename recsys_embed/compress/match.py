@@ -129,7 +129,7 @@ def wrapper_faults(model: nn.Module) -> Iterator[str]:
 def weight_faults(table: FoundTable) -> Iterator[str]:
     """Faults: why a replacement cannot be fitted to a table, full or compressed."""
     held = [table.weight] if table.weight is not None else list(table.modules[0].parameters())
-    for values in (v.detach() for v in held):
+    for values in (getattr(v, "stored", v).detach() for v in held):
         if values.is_meta:
             yield f"table {table.name!r} is on the meta device and has no values; use init='fresh'"
             return

@@ -24,7 +24,7 @@ _HOOKS = (
 )
 _TORCH_OWN = frozenset(vars(nn.Module()))
 _COMPILED = ("forward", "_compiled_call_impl")
-_OURS = ("stands_in", "_renamed")
+_OURS = ("stands_in", "from_file", "_renamed")
 
 
 def _bare(module: nn.Module) -> nn.Module:

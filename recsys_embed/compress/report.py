@@ -25,12 +25,13 @@ class CompressedTable:
         kind: of the module that was there, see :class:`recsys_embed.discover.FoundTable`.
         action: ``"replaced"``; ``"kept"`` as a full table, by the plan; or ``"skipped"``, see ``note``.
         method: that stores it afterwards.
-        bytes_before: of the table.
-        bytes_after: that this table alone stores; tables shared with others count in ``SharedTable``.
+        bytes_before: of the table, once served.
+        bytes_after: that this table alone stores once served; tables shared with others count in ``SharedTable``.
         shared: names of those.
         relative_error: Frobenius norm of the difference to the trained table over the table's own, ids weighted by
             ``counts`` where given; None where nothing was fitted.
         note: anything else worth knowing.
+        bytes_held: that this table alone holds while it trains, before an export rounds its rows; None: the same.
     """
 
     name: str
@@ -45,17 +46,19 @@ class CompressedTable:
     shared: tuple[str, ...] = ()
     relative_error: float | None = None
     note: str = ""
+    bytes_held: int | None = None
 
 
 @dataclass(frozen=True)
 class SharedTable:
-    """A physical table that several tables of the model read, counted once."""
+    """A physical table that several tables of the model read, counted once; ``bytes`` are those of serving it."""
 
     name: str
     rows: int
     width: int
     bytes: int
     readers: tuple[str, ...]
+    bytes_held: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,14 @@ class CompressReport:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of all tables of the model now."""
+        """Bytes of all tables of the model now, once they are served."""
         return sum(t.bytes_after for t in self.tables) + sum(s.bytes for s in self.shared)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes that the model holds for all tables now: rows that an export rounds are float32 until then."""
+        own = sum(t.bytes_after if t.bytes_held is None else t.bytes_held for t in self.tables)
+        return own + sum(s.bytes if s.bytes_held is None else s.bytes_held for s in self.shared)
 
     @property
     def ratio(self) -> float:
@@ -104,6 +113,7 @@ class CompressReport:
             "dry_run": self.dry_run,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "bytes_held": self.bytes_held,
             "tables": [asdict(t) for t in self.tables],
             "shared": [asdict(s) for s in self.shared],
             **({"notes": list(self.notes)} if self.notes else {}),
@@ -137,6 +147,10 @@ class CompressReport:
         ]
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines += [f"{'+' if t.shared else ' '} {t.name}: {t.note}" for t in self.tables if t.note]
+        if self.bytes_held != self.bytes_after:
+            lines.append(
+                f"after: as exported; the model itself holds {format_bytes(self.bytes_held)}, as its rows train"
+            )
         lines += self.notes
         if self.dry_run:
             lines.append("dry run: the model is as it was")

@@ -29,7 +29,7 @@ def compression_report(
     counted: set[int] = set()
     for table in tables:
         replacement = by_name.get(table.name)
-        before = _bytes(table, counted)
+        before, held = _bytes(table, counted)
         common: dict[str, Any] = {
             "name": table.name, "paths": table.paths, "kind": table.kind, "rows": table.rows, "width": table.width,
             "bytes_before": before,
@@ -39,7 +39,11 @@ def compression_report(
             left = "its output layer's weight is also " + ", ".join(table.tied) if table.tied else "left out"
             why = "" if kept else table.obstacle or left
             action: Any = "kept" if kept else "skipped"
-            lines.append(CompressedTable(action=action, method=_method(table), bytes_after=before, note=why, **common))
+            lines.append(
+                CompressedTable(
+                    action=action, method=_method(table), bytes_after=before, note=why, bytes_held=held, **common
+                )
+            )
             continue
         for t in replacement.shared():
             shared[t.name] = (t, table.dtype.itemsize)
@@ -51,12 +55,14 @@ def compression_report(
                 action="replaced",
                 method=replacement.config.method,
                 bytes_after=replacement.own_bytes(),
+                bytes_held=replacement.held_bytes(),
                 **done,
                 **common,
             )
         )
     joint = [
-        SharedTable(t.name, t.rows, t.width, t.nbytes(size), tuple(readers[t.name])) for t, size in shared.values()
+        SharedTable(t.name, t.rows, t.width, t.nbytes(size), tuple(readers[t.name]), t.trained_bytes(size))
+        for t, size in shared.values()
     ]
     return CompressReport(tuple(lines), tuple(joint), dry_run)
 
@@ -69,20 +75,29 @@ def _method(table: FoundTable) -> str:
     return str(module.plan[table.table].method) if table.kind == "collection" else "full"
 
 
-def _bytes(table: FoundTable, counted: set[int]) -> int:
-    """Bytes of a table as found; shared tensors count for the first table that holds them."""
+def _bytes(table: FoundTable, counted: set[int]) -> tuple[int, int]:
+    """Bytes of a table as found, once served and as held; shared tensors count for the first table that holds them."""
     if table.weight is not None:
-        return table.rows * table.width * table.dtype.itemsize
+        size = table.rows * table.width * table.dtype.itemsize
+        return size, size
     module: Any = table.module
     if table.kind == "collection":
-        return int(module.plan[table.table].footprint(module.schema[table.table], table.dtype.itemsize).serve)
-    tensors: list[Tensor] = [p for m in table.modules for p in m.parameters()]
-    # A loaded export has no parameters: it reads the tensors of the file.
-    served: list[Any] = [m.served for m in table.modules if getattr(m, "served", None) is not None]
-    tensors += [stored.data for s in served for stored in s.children()]
-    held = {id(t): t for t in tensors if id(t) not in counted}
-    counted.update(held)
-    return sum(p.nbytes for p in held.values()) + int(module.footprint().index)
+        parts = module.plan[table.table].footprint(module.schema[table.table], table.dtype.itemsize)
+        return int(parts.serve), int(parts.serve + parts.unrounded)
+    sizes: dict[int, tuple[int, int]] = {}
+    for reader in table.modules:
+        m: Any = reader
+        # A loaded export reads the tensors of the file, as they are.
+        served = getattr(m, "served", None)
+        described = {} if m.from_file else {m.parameter_name(t.name): t for t in m.program.tables}
+        for name, p in m.named_parameters():
+            stored = described[name].nbytes(p.element_size()) if name in described else p.nbytes
+            sizes[id(p)] = stored, p.nbytes
+        sizes |= {id(s.data): (s.data.nbytes,) * 2 for s in ([] if served is None else served.children())}
+    fresh = {key: size for key, size in sizes.items() if key not in counted}
+    counted.update(fresh)
+    index = int(module.footprint().index)
+    return sum(s for s, _ in fresh.values()) + index, sum(h for _, h in fresh.values()) + index
 
 
 def _note(replacement: TableReplacement) -> str:

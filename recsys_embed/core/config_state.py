@@ -23,6 +23,21 @@ def pack(config: dict[str, Any]) -> Tensor:
     return torch.frombuffer(bytearray(text.ljust(-(-len(text) // 256) * 256)), dtype=torch.uint8)
 
 
+def unpack(saved: Any, where: str, upgrade: Callable[[Any], Any] | None = None) -> Any:
+    """Inverse of :func:`pack`; see :func:`check` for the arguments.
+
+    Raises:
+        CheckpointError: it is no packed configuration.
+    """
+    try:
+        # A mean of states is their text if they agree.
+        whole = saved.cpu().round().to(torch.uint8) if saved.is_floating_point() else saved.cpu()
+        parsed = own_json(bytes(whole.numpy()))
+        return parsed if upgrade is None else upgrade(parsed)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as e:
+        raise CheckpointError(f"the configuration stored with {where} is damaged: {e}") from e
+
+
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
@@ -50,13 +65,7 @@ def check(
     Raises:
         CheckpointError: names every key that differs, with both values.
     """
-    try:
-        # A mean of states is their text if they agree.
-        whole = saved.cpu().round().to(torch.uint8) if saved.is_floating_point() else saved.cpu()
-        parsed = own_json(bytes(whole.numpy()))
-        theirs = _flatten(parsed if upgrade is None else upgrade(parsed))
-    except (AttributeError, TypeError, ValueError, RuntimeError) as e:
-        raise CheckpointError(f"the configuration stored with {where} is damaged: {e}") from e
+    theirs = _flatten(unpack(saved, where, upgrade))
     ours = _flatten(json.loads(json.dumps(config)))
     differ = [k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k)]
     views = views or {}

@@ -9,7 +9,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from recsys_embed.core.footprint import Footprint, format_bytes, parse_bytes
-from recsys_embed.core.precision import Precision
+from recsys_embed.core.precision import BITS, Precision
 from recsys_embed.core.program import LookupProgram
 from recsys_embed.core.row_format import STEP_RATE, TRAINED, Quantization, Rounding
 from recsys_embed.errors import BudgetError, ConfigError, raise_faults
@@ -33,6 +33,8 @@ _UNSAID = {
     "projection": "learned",
 }
 """Options that files leave out at their defaults, as earlier versions did."""
+STORAGE_OPTIONS = tuple(_UNSAID)
+"""Options of every method that say how rows are stored and served."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,10 @@ class MethodConfig(ABC):
     )
     rounding: Rounding = param("stochastic", "of updates of rows that train in `precision`")
     quantization_step: float | None = param(
-        None, "distance of two codes, for integers that train; of alpt, the least to start from", above=0, high=256
+        None,
+        "distance of two codes, for integers that train; of learned steps, the least to start from",
+        low=2.0**-24,
+        high=256,
     )
     quantization_step_lr: float = param(
         STEP_RATE, "learning rate of learned steps (alpt, lsq), as a part of that of the rows", low=0, high=10
@@ -112,10 +117,11 @@ class MethodConfig(ABC):
             faults.append(f"`precision` does not apply beside `precisions`, one per table; got {self.precision!r}")
         elif self.precision != "fp32" and self.computes:
             faults.append(f"`precision` is for rows of tables, and these are computed; got {self.precision!r}")
+        faults += self._idle_faults()
         option = "precisions" if self.has_own_precisions else "precision"
         given = getattr(self, option) if self.has_own_precisions else (self.precision,)
         known = TRAINED.get(self.quantization, given)
-        untrained = [kind for kind in given if kind not in known]
+        untrained = [kind for kind in given if kind not in (*known, "dropped")]
         if untrained:
             verb = "rounds" if self.quantization == "lsq" else "stores"
             faults.append(
@@ -123,6 +129,27 @@ class MethodConfig(ABC):
                 f"{', '.join(known)}; got {untrained[0]!r}"
             )
         return faults
+
+    def rounded_at_export(self) -> Self:
+        """The same tables, whose rows train unrounded."""
+        unsaid: dict[str, Any] = {name: default for name, default in _UNSAID.items() if name != "precision"}
+        return replace(self, **unsaid)
+
+    def _idle_faults(self) -> list[str]:
+        """Faults: options of training in few bits that would change nothing."""
+        given = [name for name in ("rounding", "quantization_step", "quantization_step_lr") if self._said(name)]
+        if self.quantization == "ptq":
+            idle = [(name, "low-precision rows (`quantization` lpt, alpt or lsq)") for name in given]
+        else:
+            kinds = getattr(self, "precisions", None) or (self.precision,)
+            integers = any(kind in BITS for kind in kinds)
+            idle = [("quantization_step", "codes (int8, int4, int2)")] * ("quantization_step" in given and not integers)
+            if self.quantization == "lpt" and "quantization_step_lr" in given:
+                idle.append(("quantization_step_lr", "steps that learn (`quantization` alpt or lsq)"))
+        return [f"`{name}` is for {purpose}, and here are none; leave it out" for name, purpose in idle]
+
+    def _said(self, option: str) -> bool:
+        return bool(getattr(self, option) != _UNSAID[option])
 
     @abstractmethod
     def build_program(self, spec: FeatureSpec) -> LookupProgram:

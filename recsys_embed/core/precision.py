@@ -66,14 +66,20 @@ class Layout:
     block: int = 1
 
     @classmethod
-    def of(cls, width: int, precision: str, dtype: torch.dtype = torch.float32, rows: int = _BLOCK) -> Layout:
+    def of(
+        cls, width: int, precision: str, dtype: torch.dtype = torch.float32, rows: int = _BLOCK, per_scale: int = 1
+    ) -> Layout:
         """The layout at a precision for ``rows`` rows of ``width`` elements of ``dtype``.
 
         Rows of fewer than 8 elements are quantised in blocks of about 64 elements, or of the whole table if it is
         smaller. ``"fp32"`` keeps float16 and bfloat16 tables in their type, which is exact and smaller.
+
+        Args:
+            per_scale: rows that share a scale at least.
         """
         if precision in BITS or precision == FP8:
-            return cls(precision, width, 1 if width >= NARROW else min(_BLOCK // width, rows))
+            least = 1 if width >= NARROW else _BLOCK // width
+            return cls(precision, width, 1 if max(least, per_scale) == 1 else min(max(least, per_scale), rows))
         if precision == "fp32" and dtype in (torch.float16, torch.bfloat16):
             precision = "fp16" if dtype == torch.float16 else "bf16"
         return cls(precision, width)
@@ -336,7 +342,8 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     per = 8 // bits
     if per == 1:
         return codes
-    codes = F.pad(codes, (0, -codes.shape[1] % per)).view(len(codes), -1, per)
+    codes = F.pad(codes, (0, -codes.shape[1] % per))
+    codes = codes.view(len(codes), codes.shape[1] // per, per)  # also of no rows
     return (codes << (torch.arange(per, device=codes.device) * bits).to(torch.uint8)).sum(2, dtype=torch.uint8)
 
 

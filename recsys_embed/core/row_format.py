@@ -10,6 +10,7 @@ scale (the step) and bias in fp16 before the codes. With ``"lsq"`` (learned step
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from recsys_embed.core import stochastic_rounding as rounding
 from recsys_embed.core.precision import BITS, FLOATS, HEAD, NARROW, packed, unpacked
+from recsys_embed.errors import ConfigError
 
 Quantization = Literal["ptq", "lpt", "alpt", "lsq"]
 Rounding = Literal["stochastic", "nearest"]
@@ -34,6 +36,7 @@ LEAST_WIDTH = 4
 STEP_RATE = 0.02
 """Learning rate of learned steps, as a part of that of the rows: 2e-5 to 1e-3 in the paper of ALPT."""
 _LEAST_STEP, _MOST_STEP = 2.0**-16, 256.0
+_MOST_HALF = 65504.0
 
 
 @dataclass(frozen=True)
@@ -220,16 +223,16 @@ class RowFormat:
     def first_steps(self, values: Tensor) -> Tensor:
         """Steps with which rows of float32 ``values [n, width]`` start: ``[n, 1]``.
 
-        Of ``"alpt"`` the table's, or as much as the largest number needs; of ``"lsq"``
-        ``2 * mean(|row|) / sqrt(2**(bits - 1) - 1)``.
+        Of ``"alpt"`` as the largest number needs; of ``"lsq"`` ``2 * mean(|row|) / sqrt(2**(bits - 1) - 1)``. At least
+        ``step``, because rows that start near 0 soon leave it.
         """
         size = values.abs()
         if self.has_master:
             found = 2 * size.mean(1, keepdim=True) / math.sqrt(self._most_code)
-            found = torch.where(found > 0, found, self.step)
-            return found.nan_to_num(self.step).clamp(_LEAST_STEP, _MOST_STEP)
-        found = (size.amax(1, keepdim=True) / self._most_code).clamp_min(self.step).nan_to_num(self.step, _MOST_STEP)
-        return found.clamp(_LEAST_STEP, _MOST_STEP).half().float()
+        else:
+            found = size.amax(1, keepdim=True) / self._most_code
+        found = found.clamp_min(self.step).nan_to_num(self.step, _MOST_STEP).clamp(_LEAST_STEP, _MOST_STEP)
+        return found if self.has_master else found.half().float()
 
     def _moved_steps(self, moved: Tensor, scaled: Tensor, steps: Tensor) -> Tensor:
         """Steps of rows after a step of the optimizer: float32 ``[n, 1]``.
@@ -257,4 +260,7 @@ class RowFormat:
 
 def as_half(step: float) -> float:
     """The fp16 number nearest to a step, so that files can hold it."""
-    return float(torch.tensor(step, dtype=torch.float16))
+    if step > _MOST_HALF:
+        raise ConfigError(f"codes of rows that train lie at most {_MOST_HALF} apart; initial weights need {step:.3g}")
+    # Not by a tensor, which would lie on torch's default device, such as the meta device.
+    return float(struct.unpack("e", struct.pack("e", step))[0])

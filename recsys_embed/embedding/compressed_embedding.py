@@ -21,7 +21,7 @@ from recsys_embed.features import FeatureSpec, Unseen
 from recsys_embed.kernels.data_parallel import prepare_data_parallel, sparse_of
 from recsys_embed.kernels.distinct_ids import DistinctIds, distinct_ids
 from recsys_embed.kernels.id_checks import bag_mode, check_id_dtype, check_offsets, given_ids
-from recsys_embed.kernels.low_precision_table import new_table
+from recsys_embed.kernels.low_precision_states import new_table
 from recsys_embed.kernels.native.autograd import SingleLookup
 from recsys_embed.kernels.native.lookup import reads, runs_on
 from recsys_embed.kernels.native.records import supported
@@ -118,6 +118,10 @@ class CompressedEmbedding(ModuleTables):
             unseen == "zero" or (unseen == "hash" and padding_idx is not None)
         ):
             faults.append(f"`max_norm` and `scale_grad_by_freq` do not go with `unseen={unseen!r}` here; use 'oov'")
+        if (max_norm is not None or scale_grad_by_freq) and self.config.quantization != "ptq":
+            faults.append(
+                "`max_norm` and `scale_grad_by_freq` need rows that train unrounded; leave `quantization` at 'ptq'"
+            )
         raise_faults(faults, type(self).__name__)
         self.padding_idx = padding_idx if padding_idx is None or padding_idx >= 0 else num_embeddings + padding_idx
         self.program = self.config.program(self.spec)
@@ -152,7 +156,7 @@ class CompressedEmbedding(ModuleTables):
         self._seeded = config is not None or "seed" in params
         self.reset_parameters()
         self._given = frozenset()
-        if type(self).get_extra_state is not nn.Module.get_extra_state:
+        if self._has_extra_state:
             self._show_extra_state()
 
     # -- lookup ---------------------------------------------------------------------------------------------------
@@ -419,6 +423,7 @@ class CompressedEmbedding(ModuleTables):
             faults.append("`counts` must not all be 0")
         raise_faults(faults, f"{cls.__name__}.from_dense")
         options = {"device": weight.device, "dtype": weight.dtype, **options}
+        cls._fit_codes(weight, options)
         if "config" not in options:
             options.setdefault("seed", 0)  # the same table gives the same module
         module = cls(weight.shape[0], weight.shape[1], **options)
@@ -427,6 +432,20 @@ class CompressedEmbedding(ModuleTables):
         module.fit_(*with_unseen_row(module.spec, weight.detach(), counts))
         module.reset_unseen_counts()
         return module
+
+    @staticmethod
+    def _fit_codes(weight: Tensor, options: dict[str, Option]) -> None:
+        """Let the codes of low-precision rows span a trained table, unless ``options`` say how they start.
+
+        The initial weights decide it: four of their standard deviations, see :attr:`Initializer.reach`.
+        """
+        config = options.get("config")
+        quantization = options.get("quantization") if config is None else cast("MethodConfig", config).quantization
+        if quantization in (None, "ptq") or "init" in options or weight.is_meta or not weight.numel():
+            return
+        values = weight.detach().double()
+        spread = max(float(values.square().mean().sqrt()), float(values.abs().amax()) / 4)
+        options["init"] = f"normal:{spread or 1.0:.6g}".replace("e+", "e")
 
     def fit_(self, weight: Tensor, counts: Tensor | None = None) -> None:
         """Approximate ``weight [spec.num_ids, embedding_dim]`` in place; see :meth:`from_dense`."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_embed.core.program import LookupProgram
+from recsys_embed.kernels.low_precision_table import LowPrecisionTable
 
 
 class Fittable(Protocol):
@@ -42,6 +43,11 @@ def _outputs(module: Fittable, values: dict[str, Tensor], ids: Tensor) -> Tensor
     return out
 
 
+def _floats(parameter: Tensor) -> Tensor:
+    values = parameter.detach()
+    return values.to_dense() if isinstance(values, LowPrecisionTable) else values
+
+
 def _solve_table(module: Fittable, name: str, target: Tensor, row_weight: Tensor, steps: int, tolerance: float) -> None:
     """Minimise the weighted squared error over one table, from its present values.
 
@@ -52,7 +58,8 @@ def _solve_table(module: Fittable, name: str, target: Tensor, row_weight: Tensor
     table, name = module.table(name), module.parameter_name(name)
     ids = torch.arange(target.shape[0], device=target.device)
     # Half precision has neither the range nor the digits for sums over all ids.
-    fixed = {key: p.detach().to(target.dtype) for key, p in module.named_parameters()}
+    # Low-precision rows would be rounded in each step; the solution is, once.
+    fixed = {key: _floats(p).to(target.dtype) for key, p in module.named_parameters()}
     start = fixed[name].clone().requires_grad_(True)
     out = _outputs(module, {**fixed, name: start}, ids)
 

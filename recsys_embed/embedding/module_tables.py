@@ -21,12 +21,20 @@ from recsys_embed.embedding.stored_parameters import StoredParameters
 from recsys_embed.errors import ConfigError
 from recsys_embed.features import FeatureSpec, spec_to_dict
 from recsys_embed.kernels.hidden_buffers import HiddenBuffers
-from recsys_embed.kernels.low_precision_table import apply_apart, load_stored, save_stored
+from recsys_embed.kernels.low_precision_states import (
+    STORED_NUMBERS,
+    apply_apart,
+    load_stored,
+    low_precision_tables,
+    numbers_to_save,
+    save_stored,
+)
 from recsys_embed.kernels.recording import refuse_scripting
 from recsys_embed.kernels.row_cache import RowCaches
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.unseen_ids import with_unseen
 from recsys_embed.kernels.vectorised import VectorisedLookup
+from recsys_embed.utils.types import JSON
 
 # States load across unseen-id policies that store the same rows: the policy may differ at serving time.
 STORED_UNSEEN = {"unseen": lambda policy: policy == "oov"}
@@ -46,7 +54,13 @@ def _check_identity(
 ) -> None:
     """Raise where a saved extra state is of another configuration."""
     # The initial distribution and the pooling do not change what stored rows mean.
-    _state.check(saved, own, where, ("init", "pooling"), STORED_UNSEEN, upgrade)
+    _state.check(saved, own, where, ("init", "pooling", *STORED_NUMBERS), STORED_UNSEEN, upgrade)
+
+
+def _row_format(identity: JSON) -> JSON:
+    """What an identity says of how rows are stored."""
+    config = identity.get("config", {})
+    return {k: config.get(k) for k in ("method", "precision", "quantization")}
 
 
 def _refuse_parameter(stored: StoredParameters) -> None:
@@ -74,6 +88,8 @@ class ModuleTables(nn.Module):
 
     # Set where the module has taken the place of a plain one, whose users read `weight` as one row per id.
     stands_in: bool = False
+    # Whether an exported file filled it: rows are then as they are served, whatever the configuration says.
+    from_file: bool = False
     _renamed: bool = False
     # Whether the initial weights are a function of the configuration's seed; else torch's generator draws one.
     _seeded: bool = True
@@ -233,9 +249,10 @@ class ModuleTables(nn.Module):
     def footprint(self) -> Footprint:
         """Bytes this module serves and trains with (without optimizer state)."""
         cached = Footprint(index=0 if self.caches is None else self.caches.nbytes)
-        if self.served is not None:
+        if self.from_file:
+            rows = Footprint() if self.served is None else self.served.footprint()
             own = sum(p.nbytes for p in self.parameters())
-            return self.served.footprint() + Footprint(own, self.kernel.index.nbytes) + cached
+            return rows + Footprint(own, self.kernel.index.nbytes) + cached
         return self.config.footprint(self.spec, next(self.parameters()).element_size()) + cached
 
     # -- tables shared with other modules -------------------------------------------------------------------------
@@ -295,9 +312,12 @@ class ModuleTables(nn.Module):
 
         How tables were initialised does not matter by then, and is left out: states of equal tables have one length.
         """
+        return self._packed_identity()
+
+    def _packed_identity(self) -> Tensor:
         identity = self._identity()
         del identity["spec"]["init"]
-        return _state.pack(identity)
+        return _state.pack({**identity, **numbers_to_save(self)})
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to restore: the comparison comes before any weight is copied."""
@@ -305,6 +325,13 @@ class ModuleTables(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         save_stored(self, destination, prefix)
+        if not self._has_extra_state and any(low_precision_tables(self)):
+            destination[prefix + "_extra_state"] = self._packed_identity()
+
+    @property
+    def _has_extra_state(self) -> bool:
+        """Whether state dicts hold the configuration whatever the rows are stored as."""
+        return type(self).get_extra_state is not nn.Module.get_extra_state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         marker = state_dict.get(prefix + "weight")
@@ -317,10 +344,14 @@ class ModuleTables(nn.Module):
             state_dict[prefix + own] = state_dict.pop(prefix + other)
         if prefix + "_extra_state" in state_dict:
             where = prefix.rstrip(".") or type(self).__name__
-            _check_identity(
-                self._identity(), where, "_extra_state", state_dict[prefix + "_extra_state"], self._upgraded
-            )
-        load_stored(self, state_dict, prefix)
+            packed, identity = state_dict[prefix + "_extra_state"], self._identity()
+            if self._has_extra_state:
+                _check_identity(identity, where, "_extra_state", packed, self._upgraded)
+            else:  # it was saved for low-precision rows, and nothing else matters to a plain table
+                _check_identity(_row_format(identity), where, "_extra_state", packed, _row_format)
+        load_stored(self, state_dict, prefix, args[0])
+        if not self._has_extra_state:
+            state_dict.pop(prefix + "_extra_state", None)
         errors, before, held = args[-1], len(args[-1]), dict(self._parameters)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._reunite(held)

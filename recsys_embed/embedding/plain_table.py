@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.derivatives import outside_transforms
+from recsys_embed.kernels.low_precision_table import stored_rows
 from recsys_embed.kernels.pointers import memory_of, of_numpy
 from recsys_embed.kernels.recording import unmapped
 
@@ -288,7 +289,7 @@ def _lost_write(name: str) -> ConfigError:
 def _memory(tensor: Tensor) -> int | None:
     """What views of one tensor have in common; None for what transforms of functions wrap."""
     try:
-        return tensor.untyped_storage()._cdata
+        return stored_rows(tensor).untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return None
 

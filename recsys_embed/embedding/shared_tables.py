@@ -11,7 +11,13 @@ from torch import nn
 from recsys_embed.core import hashing
 from recsys_embed.core.program import Table
 from recsys_embed.errors import ConfigError
-from recsys_embed.kernels.low_precision_table import new_table
+from recsys_embed.kernels.low_precision_states import new_table
+
+
+def described(table: Table) -> str:
+    """How the rows of a table are stored, in words."""
+    served = f"rows served at {table.precision}"
+    return served if table.training is None else f"{served} that train as {table.training}"
 
 
 class SharedTables:
@@ -41,21 +47,28 @@ class SharedTables:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.values: dict[str, nn.Parameter] = {}
+        self._rows: dict[str, str] = {}
         for table in tables:
             where = None if device is None else torch.device(device)
             values = nn.Parameter(new_table(table, seed, where, dtype))
             with torch.no_grad():
                 table.init.fill_(values, hashing.salt(seed, "init", table.name))
-            self.values[table.name] = values
+            self.values[table.name], self._rows[table.name] = values, described(table)
         self._moved: dict[int, tuple[ref[nn.Parameter], ref[nn.Parameter]]] = {}
 
     def take(self, table: Table, where: str) -> nn.Parameter:
-        """The parameter of a table, which must have the shape of ``table``."""
+        """The parameter of a table, which must have the shape and the rows of ``table``."""
         values = self.values[table.name]
         if values.shape != (table.rows, table.width):
             raise ConfigError(
                 f"shared table {table.name!r} is {values.shape[0]} x {values.shape[1]}; {where} needs it "
                 f"{table.rows} x {table.width}; give all that share it the same options"
+            )
+        rows = self._rows.get(table.name, described(table))
+        if rows != described(table):
+            raise ConfigError(
+                f"shared table {table.name!r} has {rows}; {where} needs {described(table)}; give all that share it the "
+                "same options"
             )
         return values
 

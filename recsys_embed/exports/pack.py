@@ -147,7 +147,14 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def inspect_table(
-    name: str, read: Read, rows: int, width: int, dtype: torch.dtype, precision: str, prune: bool
+    name: str,
+    read: Read,
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    precision: str,
+    prune: bool,
+    per_scale: int = 1,
 ) -> tuple[Packed, list[str]]:
     """Find the rows and columns of a table that are not zero, and the faults that rule out this precision.
 
@@ -155,6 +162,7 @@ def inspect_table(
 
     Args:
         read: rows ``[start, stop)`` of the table, on the CPU.
+        per_scale: rows that share a scale at least.
     """
     used = torch.zeros(rows, dtype=torch.bool)
     columns = torch.zeros(width, dtype=torch.bool)
@@ -185,22 +193,24 @@ def inspect_table(
         used[0] = True
     if not columns.any():
         columns[0] = True
-    layout = Layout.of(width, precision, dtype, rows)
+    layout = Layout.of(width, precision, dtype, rows, per_scale)
     candidates = (
-        _candidate_parts(layout, dtype, used, columns)
+        _candidate_parts(layout, dtype, used, columns, per_scale)
         if prune and not faults
         else (Part(rows, layout, "all", 0, rows),) * 3
     )
     return Packed(name, width, candidates[0], read, used, candidates), faults
 
 
-def _candidate_parts(layout: Layout, dtype: torch.dtype, used: Tensor, columns: Tensor) -> tuple[Part, Part, Part]:
+def _candidate_parts(
+    layout: Layout, dtype: torch.dtype, used: Tensor, columns: Tensor, per_scale: int
+) -> tuple[Part, Part, Part]:
     """The full table, the smallest form without zero rows, and the smallest without zero rows and columns."""
     rows, count = len(used), int(used.sum())
     whole = Part(rows, layout, "all", 0, rows)
     first = int(used.nonzero()[0])
     if count < rows:
-        layout = Layout.of(layout.width, layout.kind, dtype, count)
+        layout = Layout.of(layout.width, layout.kind, dtype, count, per_scale)
     if used[first : first + count].all():
         forms: list[tuple[RowForm, int]] = [("range", first)]
     else:
@@ -211,7 +221,7 @@ def _candidate_parts(layout: Layout, dtype: torch.dtype, used: Tensor, columns: 
     narrower = fewer
     if not columns.all():
         some = tuple(int(c) for c in columns.nonzero().squeeze(1))
-        kept = [Layout.of(len(some), layout.kind, dtype, p.count) for p in fewer]
+        kept = [Layout.of(len(some), layout.kind, dtype, p.count, per_scale) for p in fewer]
         narrower = fewer + [Part(rows, k, p.form, p.start, p.count, some) for k, p in zip(kept, fewer, strict=True)]
     return whole, min(fewer, key=_cost), min(narrower, key=_cost)
 

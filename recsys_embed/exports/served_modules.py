@@ -192,6 +192,7 @@ def _parameters_at_most(limit: int) -> Iterator[None]:
 def put_tables(module: nn.Module, tables: Mapping[str, nn.Parameter | Stored]) -> None:
     """Replace the row tables of one embedding module, by the names it reads them under."""
     served = {}
+    cast("Any", module).from_file = True
     for name, values in tables.items():
         key = parameter_name(module, name)
         if isinstance(values, Stored):

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from recsys_embed.core.hashing import salt
-from recsys_embed.core.program import Table
 from recsys_embed.core.row_format import RowFormat
 from recsys_embed.core.stochastic_rounding import random_words
 from recsys_embed.errors import ConfigError
+from recsys_embed.kernels.collectives import check_collective
 from recsys_embed.kernels.pointers import checked_address
-from recsys_embed.kernels.storage import allocate
 from recsys_embed.optim.wrapper_tensor import WrapperTensor
 
 aten = torch.ops.aten
 _CHUNK = 1 << 20  # elements that are decoded at once
-T = TypeVar("T")
+
+
+@dataclass
+class Writes:
+    """Writes of torch optimizers so far, which number their random bits; a table shares it with its views."""
+
+    count: int = 0
 
 
 class LowPrecisionTable(WrapperTensor):
@@ -28,15 +32,16 @@ class LowPrecisionTable(WrapperTensor):
 
     Lookups decode the rows that they read. Fused update rules step rows in float32 and write them back by stochastic
     rounding, or unrounded where the format keeps float32 rows and rounds what is read. For any other operation of torch
-    it is the decoded table: a copy, which takes 4 bytes per element for as long as it lives. What is assigned, copied
-    or drawn into it is rounded to nearest; other operations in place, such as the step of a torch optimizer, round as
-    fused rules do.
+    it is the decoded table: a copy, which takes 4 bytes per element for as long as it lives. What is assigned, copied,
+    scattered or drawn into it is rounded to nearest; other operations in place, such as the step of a torch optimizer,
+    round as fused rules do.
 
     Args:
         stored: ``[rows, items]`` of the format's dtype.
         format: of the rows.
         width: columns.
         seed: of the random bits.
+        writes: of the table of which this is a view; by default none so far.
 
     >>> table = LowPrecisionTable.empty(100, 16, RowFormat("int8", 2.0**-7), torch.device("cpu"), seed=0)
     >>> _ = table.fill_(0.3)
@@ -44,39 +49,74 @@ class LowPrecisionTable(WrapperTensor):
     (torch.Size([100, 16]), torch.float32, 1600, 0.296875)
     """
 
+    _held_in = "the rows in `stored`"
     stored: Tensor
     format: RowFormat
     seed: int
-    # Writes of torch optimizers so far, which number their random bits.
-    writes: int
+    writes: Writes
+    # Read from a state dict: a table into which it is copied takes over its format, too.
+    saved: bool = False
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, stored: Tensor, format: RowFormat, width: int, seed: int) -> LowPrecisionTable:
+    def __new__(
+        cls, stored: Tensor, format: RowFormat, width: int, seed: int, writes: Writes | None = None
+    ) -> LowPrecisionTable:
         return cast("LowPrecisionTable", cls._without_storage((len(stored), width), torch.float32, stored.device))
 
-    def __init__(self, stored: Tensor, format: RowFormat, width: int, seed: int) -> None:
+    def __init__(self, stored: Tensor, format: RowFormat, width: int, seed: int, writes: Writes | None = None) -> None:
         if stored.shape[1] != format.items(width) or stored.dtype is not format.dtype:
             raise ConfigError(
                 f"rows of width {width} at {format.kind} are stored as {format.dtype} [rows, {format.items(width)}]; "
                 f"got {stored.dtype} {list(stored.shape)}"
             )
-        self.stored, self.format, self.seed, self.writes = stored, format, seed, 0
+        self.stored, self.format, self.seed, self.writes = stored, format, seed, writes or Writes()
 
     @classmethod
     def empty(cls, rows: int, width: int, format: RowFormat, device: torch.device, seed: int) -> LowPrecisionTable:
         """A table whose rows nothing has filled."""
         return cls(torch.empty(rows, format.items(width), dtype=format.dtype, device=device), format, width, seed)
 
-    def like(self, stored: Tensor) -> LowPrecisionTable:
-        """A table of other stored rows."""
-        return LowPrecisionTable(stored, self.format, self.shape[1], self.seed)
+    def view_of(self, stored: Tensor) -> LowPrecisionTable:
+        """A table of rows that are stored in this one."""
+        return LowPrecisionTable(stored, self.format, self.shape[1], self.seed, self.writes)
 
-    def as_table(self, saved: Tensor) -> Tensor:
-        """What a state dict holds of such a table: stored rows as a table, or a tensor as it is."""
-        fits = saved.dtype is self.format.dtype and saved.dim() == 2 and saved.shape[1] == self.stored.shape[1]
-        return self.like(saved) if fits and not isinstance(saved, LowPrecisionTable) else saved
+    def like(self, stored: Tensor) -> LowPrecisionTable:
+        """A table of other stored rows, which counts on from the writes of this one."""
+        return LowPrecisionTable(stored, self.format, self.shape[1], self.seed, Writes(self.writes.count))
+
+    # -- state dicts ------------------------------------------------------------------------------------------------
+
+    def to_save(self) -> Tensor:
+        """The stored rows as a state dict has them: codes as ``[rows, 1, items]``, a shape that no plain table has."""
+        return self.stored.unsqueeze(1) if self.format.bits else self.stored
+
+    def as_table(self, saved: Tensor, numbers: Mapping[str, str], assign: bool) -> Tensor:
+        """What a state dict holds of such a table: stored rows as a table, or other numbers as they are.
+
+        Args:
+            numbers: what the state dict says of the stored rows; earlier versions said nothing.
+            assign: the table takes this one's place, rather than copy it.
+        """
+        if isinstance(saved, LowPrecisionTable):
+            return saved
+        rows = saved.squeeze(1) if saved.dim() == 3 and saved.shape[1] == 1 else saved
+        if rows.dtype is self.format.dtype and rows.dim() == 2 and rows.shape[1] == self.stored.shape[1]:
+            distance = float(numbers.get("code_distance", self.format.step))
+            writes = Writes(int(numbers.get("writes", self.writes.count)))
+            table = LowPrecisionTable(rows, replace(self.format, step=distance), self.shape[1], self.seed, writes)
+            table.saved = not assign
+            return table
+        if not assign or saved.shape != self.shape or not saved.is_floating_point():
+            return saved
+        return self.encoded(saved)
+
+    def encoded(self, values: Tensor) -> LowPrecisionTable:
+        """A table of the same format that holds other ``values [rows, width]``, where these are."""
+        table = self.like(torch.empty_like(self.stored, device=values.device))
+        table.fill_from(lambda start, count: values.detach()[start : start + count])
+        return table
 
     def parameter(self, requires_grad: bool = True) -> nn.Parameter:
         """The table as a parameter of a module."""
@@ -155,28 +195,36 @@ class LowPrecisionTable(WrapperTensor):
 
     def step_all(self, values: Tensor) -> None:
         """Write all rows in a step of an optimizer of torch; those that it has not moved stay as they are."""
-        self.writes += 1
+        self.writes.count += 1
         for start, stored in self.pieces():
             after = values[start : start + len(stored)]
             moved = (after != self.format.unrounded(stored, self.shape[1])).any(1).nonzero().squeeze(1)
-            words = self._words(moved + start, self.writes)
+            words = self._words(moved + start, self.writes.count)
             stored.index_copy_(0, moved, self.format.stepped(stored.index_select(0, moved), after[moved], words))
+
+    def write_all(self, values: Tensor) -> None:
+        """Write all rows that differ from ``values``, rounded to nearest."""
+        for start, stored in self.pieces():
+            after = values[start : start + len(stored)]
+            given = (after != self.format.unrounded(stored, self.shape[1])).any(1).nonzero().squeeze(1)
+            self.write(given + start, after[given])
 
     def write(self, rows: Tensor, values: Tensor) -> None:
         """Write distinct rows, rounded to nearest."""
         self.stored.index_copy_(0, rows, self.format.encode(values.float()))
 
-    def fill_from(self, pieces: Callable[[int, int], Tensor], stochastic: bool = False) -> None:
+    def fill_from(self, pieces: Callable[[int, int], Tensor], seed: int | None = None) -> None:
         """Write all rows, rounded to nearest.
 
         Args:
             pieces: from a first row and a number of rows to values ``[n, width]``; asked for in the order of rows.
-            stochastic: round stochastically, for initial weights that are smaller than a step.
+            seed: of random bits for initial weights, which may be smaller than a step; drop-ins and collections give
+                the same, wherever the rows are stored.
         """
         for start, stored in self.pieces():
             values = pieces(start, len(stored)).float().to(stored.device)
             rows = torch.arange(start, start + len(stored), device=stored.device)
-            words = random_words(rows, self.shape[1], self.seed, 0) if stochastic else None
+            words = None if seed is None else random_words(rows, self.shape[1], seed, 0)
             stored.copy_(self.format.encode(values, words))
 
     # -- copies ---------------------------------------------------------------------------------------------------
@@ -188,13 +236,13 @@ class LowPrecisionTable(WrapperTensor):
 
     def _again(self, stored: Tensor) -> LowPrecisionTable:
         """The same, a parameter as this is, of other stored rows."""
-        return _rebuild(
-            stored, self.format, self.shape[1], self.seed, self.requires_grad, isinstance(self, nn.Parameter)
-        )
+        build, (_, *rest) = self.__reduce_ex__(4)
+        return cast("LowPrecisionTable", build(stored, *rest))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         is_parameter = isinstance(self, nn.Parameter)
-        return _rebuild, (self.stored, self.format, self.shape[1], self.seed, self.requires_grad, is_parameter)
+        own = (self.stored, self.format, self.shape[1], self.seed, self.requires_grad, is_parameter)
+        return _rebuild, (*own, self.writes.count)
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> LowPrecisionTable:
         """The table after what ``nn.Module._apply`` does to tensors; conversions to other floats leave it as it is."""
@@ -236,60 +284,13 @@ class LowPrecisionTable(WrapperTensor):
 
 
 def _rebuild(
-    stored: Tensor, format: RowFormat, width: int, seed: int, requires_grad: bool, is_parameter: bool
+    stored: Tensor, format: RowFormat, width: int, seed: int, requires_grad: bool, is_parameter: bool, writes: int = 0
 ) -> LowPrecisionTable:
-    out = LowPrecisionTable(stored, format, width, seed)
+    out = LowPrecisionTable(stored, format, width, seed, Writes(writes))
     if is_parameter:
         return cast("LowPrecisionTable", nn.Parameter(out, requires_grad))
     out.requires_grad_(requires_grad)
     return out
-
-
-def allocate_table(
-    name: str, rows: int, width: int, device: torch.device, dtype: torch.dtype, format: RowFormat | None, seed: int
-) -> Tensor:
-    """Memory for a table, on huge pages if the OS allows: of a format, with random bits by seed and name; or floats."""
-    if format is None:
-        return allocate(rows, width, device, dtype)
-    stored = allocate(rows, format.items(width), device, format.dtype)
-    return LowPrecisionTable(stored, format, width, salt(seed, "rounding", name))
-
-
-def new_table(table: Table, seed: int, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
-    """Memory for the parameter of a table."""
-    empty = torch.empty(0 if table.training else table.shape, device=device, dtype=dtype)
-    if table.training is None:
-        return empty
-    return allocate_table(table.name, table.rows, table.width, empty.device, empty.dtype, table.training, seed)
-
-
-@contextmanager
-def apply_apart(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Around ``nn.Module._apply``, which exchanges memory of tensors: tables of few bits are moved, never converted."""
-    held = {name: p for name, p in module._parameters.items() if isinstance(cast("object", p), LowPrecisionTable)}
-    for name in held:
-        module._parameters[name] = None
-    try:
-        yield
-    finally:
-        for name, table in held.items():
-            module._parameters[name] = cast("nn.Parameter", cast("LowPrecisionTable", table).moved(fn))
-
-
-def save_stored(module: nn.Module, destination: dict[str, Any], prefix: str) -> None:
-    """Put stored rows into a state dict in the place of the tables that hold them."""
-    for name, p in module._parameters.items():
-        table = cast("object", p)
-        if isinstance(table, LowPrecisionTable) and prefix + name in destination:
-            destination[prefix + name] = table.stored
-
-
-def load_stored(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Put tables into a state dict in the place of stored rows, before ``nn.Module`` copies them."""
-    for name, p in module._parameters.items():
-        table, saved = cast("object", p), state_dict.get(prefix + name)
-        if isinstance(table, LowPrecisionTable) and isinstance(saved, Tensor):
-            state_dict[prefix + name] = table.as_table(saved)
 
 
 def stored_rows(table: Tensor) -> Tensor:
@@ -318,7 +319,7 @@ def step_rows(table: Tensor, rows: Tensor, values: Tensor, step: int) -> None:
 
 
 def _alias(table: LowPrecisionTable, *_: Any, **__: Any) -> Any:
-    return table.like(table.stored)
+    return table.view_of(table.stored)
 
 
 def _view(table: LowPrecisionTable, shape: Any) -> Any:
@@ -339,7 +340,7 @@ def _converted(table: LowPrecisionTable, *, dtype: Any = None, device: Any = Non
 def _slice(table: LowPrecisionTable, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     if dim != 0:
         return NotImplemented
-    return table.like(aten.slice.Tensor(table.stored, 0, start, end, step))
+    return table.view_of(aten.slice.Tensor(table.stored, 0, start, end, step))
 
 
 def _index_select(table: LowPrecisionTable, dim: int, index: Tensor) -> Any:
@@ -369,9 +370,12 @@ def _index_copy_(table: LowPrecisionTable, dim: int, rows: Tensor, values: Tenso
 
 
 def _copy_(table: LowPrecisionTable, source: Tensor, non_blocking: bool = False) -> Any:
-    if isinstance(source, LowPrecisionTable) and source.format == table.format and source.shape == table.shape:
-        table.stored.copy_(source.stored)
-        return table
+    if isinstance(source, LowPrecisionTable) and source.shape == table.shape:
+        if source.saved:
+            table.format, table.writes.count = source.format, source.writes.count
+        if source.format == table.format:
+            table.stored.copy_(source.stored)
+            return table
     source = source.expand(table.shape) if source.shape != table.shape else source
     table.fill_from(lambda start, count: source[start : start + count] + 0.0)
     return table
@@ -391,12 +395,16 @@ def _add_(table: LowPrecisionTable, other: Any, *, alpha: float = 1) -> Any:
         return NotImplemented
     other = other.coalesce()
     rows = other.indices()[0]
-    table.writes += 1
-    table.step_rows(rows, table.unrounded(rows).add_(other.values(), alpha=alpha), table.writes)
+    table.writes.count += 1
+    table.step_rows(rows, table.unrounded(rows).add_(other.values(), alpha=alpha), table.writes.count)
     return table
 
 
-_GIVEN = {"copy_", "fill_", "zero_", "normal_", "uniform_", "trunc_normal_", "random_", "index_fill_", "masked_fill_"}
+_GIVEN = {
+    "copy_", "fill_", "zero_", "normal_", "uniform_", "trunc_normal_", "random_", "index_fill_", "masked_fill_",
+    "masked_scatter_", "scatter_", "index_put_", "_index_put_impl_", "index_copy_", "put_", "fill_diagonal_",
+    "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_",
+}  # fmt: skip
 """Operations that say what a table holds, rather than move it."""
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _alias,
@@ -426,10 +434,14 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Any operation on decoded copies; a table that it changes in place is rounded and stored."""
     arguments = func._schema.arguments
+    if func.namespace == "c10d":
+        check_collective(func, [*args, *kwargs.values()])
     if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
         raise ConfigError(
-            f"{func.name().removeprefix('aten::')}: a table of few bits has views of its rows alone, "
-            "`table[start:stop]`; read to_dense(), a copy, or write rows, `table[rows] = values`"
+            f"{func.name().removeprefix('aten::')}: a low-precision table has views of its rows alone, "
+            "`table[start:stop]`; read to_dense(), a copy, or write rows, `table[rows] = values`. "
+            "DistributedDataParallel takes modules that start equal in all processes by init_sync=False, FSDP leaves "
+            "them out by ignored_params"
         )
     named = dict(zip((a.name for a in arguments), args, strict=False)) | dict(kwargs)
     written: dict[int, LowPrecisionTable] = {}
@@ -453,15 +465,16 @@ def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     changed: dict[int, LowPrecisionTable] = {}
     for number, table in written.items():
         if number in dense:
-            _store(table, dense[number], func)
+            _store(table, dense[number], func, bool(named.get("accumulate") or named.get("reduce")))
             changed[id(dense[number])] = table
     if isinstance(out, (list, tuple)):
         return type(out)([changed.get(id(x), x) for x in out])
     return changed.get(id(out), out)
 
 
-def _store(table: LowPrecisionTable, values: Tensor, func: Any) -> None:
-    if func._schema.name.removeprefix("aten::") in _GIVEN:
-        table.fill_from(lambda start, count: values[start : start + count])
+def _store(table: LowPrecisionTable, values: Tensor, func: Any, moves: bool) -> None:
+    """Store what an operation has made of a decoded table; ``moves``: it added to what was there."""
+    if func._schema.name.removeprefix("aten::") in _GIVEN and not moves:
+        table.write_all(values)
         return
     table.step_all(values)

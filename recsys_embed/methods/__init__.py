@@ -14,6 +14,7 @@ from recsys_embed.methods.multihash import MultihashEmbedding
 from recsys_embed.methods.optembed import OptembedEmbedding
 from recsys_embed.methods.pep import PepEmbedding
 from recsys_embed.methods.robe import RobeEmbedding
+from recsys_embed.methods.tiered import TieredEmbedding
 from recsys_embed.methods.tt import TtEmbedding
 from recsys_embed.methods.unified import UnifiedEmbedding
 from recsys_embed.registry import register
@@ -29,6 +30,7 @@ register(RobeEmbedding, paper="Desai et al., MLSys 2022, arXiv 2108.02191", tags
 register(TtEmbedding, paper="Yin et al., MLSys 2021, arXiv 2101.11714", tags=("factorisation", "computed"))
 register(DheEmbedding, paper="Kang et al., KDD 2021, arXiv 2010.10784", tags=("hashing", "computed"))
 register(MixeddimEmbedding, paper="Ginart et al. 2019, arXiv 1909.11810", tags=("frequency", "projection"))
+register(TieredEmbedding, paper="Zhang et al., CIKM 2023, arXiv 2308.09395", tags=("frequency", "precision"))
 register(AdaptiveEmbedding, paper="AdaptEmb, as in DeepRec", tags=("hashing", "frequency"))
 register(FreqcutEmbedding, paper="a smaller vocabulary with one row for the rest", tags=("baseline", "frequency"))
 register(OptembedEmbedding, paper="Lyu et al., CIKM 2022, arXiv 2208.04482", tags=("pruning", "search"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -170,8 +170,12 @@ class FullEmbedding(CompressedEmbedding):
         """
         if embeddings.dim() != 2:
             raise ConfigError(f"`embeddings` must be [num_embeddings, dim]; got shape {tuple(embeddings.shape)}")
+        cls._fit_codes(embeddings, options)
         module = cls(*embeddings.shape, device="meta", **options)
         weight, _ = with_unseen_row(module.spec, embeddings, None)
+        own = cast("object", module._parameters["weight"])
+        if isinstance(own, LowPrecisionTable):
+            weight = own.encoded(weight)
         module.register_parameter("weight", nn.Parameter(weight, requires_grad=not freeze))
         for part in (module.kernel, module.unseen):
             part.to_empty(device=embeddings.device)

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from recsys_embed.core.hashing import as_signed
 from recsys_embed.errors import ConfigError
 from recsys_embed.optim.row_gradient import RowGradient
 from recsys_embed.utils.ddp_reducer import rebuild_reducer
@@ -63,6 +64,10 @@ class _Exchange:
             for tensor in held:
                 if tensor is not None:
                     distributed.broadcast(tensor.detach(), first, self._group)
+                    if hasattr(tensor, "seed"):  # by which replicas of few bits have to be rounded alike
+                        seed = torch.tensor(as_signed(tensor.seed), device=tensor.device)
+                        distributed.broadcast(seed, first, self._group)
+                        tensor.seed = int(seed)
             steps = torch.tensor(list(table.steps_taken().values()), device=_device(table))
             distributed.broadcast(steps, first, self._group)
             table.steps_taken(dict(zip(table.storages, steps.tolist(), strict=True)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ _TRACERS = ("torch._subclasses", "torch._dynamo", "torch._functorch", "torch._in
 class WrapperTensor(Tensor):
     """A tensor whose values lie in other tensors; ``to_dense()`` has them in one storage."""
 
+    # The other tensors, as errors name them.
+    _held_in: ClassVar[str] = "`rows` and `values`"
+
     @classmethod
     def _without_storage(cls, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Any:
         out = Tensor._make_wrapper_subclass(cls, size, (size[1], 1), dtype=dtype, device=device)
@@ -25,8 +28,8 @@ class WrapperTensor(Tensor):
 
     def _refuse_address(self) -> NoReturn:
         raise ConfigError(
-            f"a {type(self).__name__} has no memory of its own: `rows` and `values` are its tensors, and to_dense() "
-            "is an ordinary one"
+            f"a {type(self).__name__} has no memory of its own: {self._held_in} hold its values, and to_dense() is an "
+            "ordinary tensor"
         )
 
     data_ptr = _refuse_address

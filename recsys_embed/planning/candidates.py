@@ -30,12 +30,14 @@ class Candidate:
         params: its options; None means the method's defaults.
         precision: of its rows once they are served; options may say another.
         menu: precisions that a method may use which stores ids at several; all if empty.
+        asked: whether it was named, so that it is tried also where it can gain little.
     """
 
     info: MethodInfo
     params: JSONMapping | None = None
     precision: Precision = "fp32"
     menu: tuple[Precision, ...] = ()
+    asked: bool = True
 
     @property
     def name(self) -> str:
@@ -58,7 +60,7 @@ class Candidate:
             return [replace(self, params=dict(always))] if always else [self]
         variants = [{**always, **params} for params in cls.planning_variants(spec, curve)]
         if self.menu:
-            variants = [v for v in variants if set(v["precisions"]) <= set(self.menu)]
+            variants = [v for v in variants if set(v["precisions"]) <= {*self.menu, "dropped"}]
         return [replace(self, params=dict(params)) for params in variants]
 
 
@@ -95,7 +97,7 @@ def candidate_methods(methods: Methods | None, precisions: Sequence[Precision] =
         if info.config_cls.has_own_precisions:
             # Where rows are to have one precision, such a method is a candidate only if it is asked for.
             menu = tuple(precisions) if len(precisions) > 1 else ()
-            found += [Candidate(info, params, menu=menu)] if menu or named else []
+            found += [Candidate(info, params, menu=menu, asked=named)] if menu or named else []
             continue
         fixed: Sequence[Precision] = ("fp32",) if params is not None and "precision" in params else precisions
         found += [Candidate(info, params, p) for p in fixed]

@@ -30,11 +30,11 @@ class Costs:
         """Bytes of one physical table."""
         if not self.train:
             return table.nbytes(self.itemsize)
-        weights = self.itemsize * table.elements
+        weights = table.trained_bytes(self.itemsize)
         if table.frozen:
             return weights
         if self.optimizer is None or table.dense:
-            return 2 * weights
+            return weights + self.itemsize * table.elements  # a gradient of every number
         return weights + self.optimizer.state_bytes(table.rows, table.width)
 
     def own(self, config: MethodConfig, program: LookupProgram, spec: FeatureSpec) -> int:
@@ -59,12 +59,9 @@ class Costs:
         parts = plan.footprint(schema, self.optimizer if self.train else None, self.itemsize)
         if not self.train:
             return parts.serve
-        if self.optimizer is None:
-            frozen = sum(self.itemsize * t.elements for t in plan.tables(schema).values() if t.frozen)
-            return parts.train + parts.weights + parts.unrounded - frozen
         gathered = plan.gathered(schema)
         computed = sum(
             plan[s.name].footprint(s, self.itemsize).weights for s in schema.first_readers if s.name not in gathered
         )
-        dense = sum(self.itemsize * t.elements for t in plan.tables(schema).values() if t.dense and not t.frozen)
-        return parts.train + computed + dense
+        tables = [t for t in plan.tables(schema).values() if (t.dense or self.optimizer is None) and not t.frozen]
+        return parts.train + computed + sum(self.itemsize * t.elements for t in tables)

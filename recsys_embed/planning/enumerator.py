@@ -34,6 +34,7 @@ from recsys_embed.planning.options import (
     sized_method,
     tiny_penalty,
 )
+from recsys_embed.planning.rounding import tiers_can_pay
 
 MOST_MULTIPLES = 32
 MOST_BETWEEN = 24
@@ -106,6 +107,10 @@ class OptionEnumerator:
                 continue
             if option is not None and not candidate.info.embedding_cls.supports_torch_options:
                 feature.refused[name] = f"it does not support the `{option}` of the model's table"
+                continue
+            about = feature.spec.embedding_dim, feature.terms.without_network
+            if candidate.menu and not candidate.asked and not tiers_can_pay(candidate.menu, *about):
+                feature.refused[name] = "its tiers can keep little more than rows of one precision"
                 continue
             try:
                 for resizable, kept in self._variants(feature, candidate, unordered):

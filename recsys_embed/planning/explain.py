@@ -150,7 +150,9 @@ def _storage(choice: FeatureChoice) -> str:
     text = []
     if own >= 0.5:
         rows_of = "a row of its own" if round(own) == 1 else "rows of their own"
-        text.append(f"the {counted(round(own), 'most frequent id')} ({share_text(lookups)} of lookups) have {rows_of}")
+        at = "" if rows else _precision(choice)
+        most = counted(round(own), "most frequent id")
+        text.append(f"the {most} ({share_text(lookups)} of lookups) have {rows_of}{at}")
     if rows:
         who = "the others" if own >= 0.5 else "all ids"
         text.append(f"{who} share {counted(round(rows), 'row')}{_precision(choice)}")
@@ -158,6 +160,9 @@ def _storage(choice: FeatureChoice) -> str:
 
 
 def _precision(choice: FeatureChoice) -> str:
+    if choice.config.has_own_precisions:
+        kinds = [t.precision for t in choice.program.tables if not t.dense]
+        return f" at {' and '.join([', '.join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)}"
     return "" if choice.config.precision == "fp32" else f" at {choice.config.precision}"
 
 

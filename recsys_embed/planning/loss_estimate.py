@@ -204,7 +204,9 @@ def _pieces(own: Floats, rest: Floats, rows: float, run: int, name: str | None, 
 
 def _together(members: Sequence[tuple[str, ColumnSpan]], power: float) -> ColumnSpan:
     """One column span for rows that add up or multiply: an id's own row is enough, and shared rows help each other."""
-    own = np.maximum.reduce([m.private for _, m in members])
+    # Tiers of ids have rows in one table each, and a bin may lie in two; otherwise ids have rows in several tables.
+    total = np.add.reduce([m.private for _, m in members])
+    own = total if total.max() <= 1 + 1e-9 else np.maximum.reduce([m.private for _, m in members])
     rest = np.minimum(np.maximum.reduce([m.shared for _, m in members]), 1 - own)
     sharers = [(table, m) for table, m in members if m.shared.any()]
     rows = sum({table: m.rows for table, m in sharers}.values()) or 1

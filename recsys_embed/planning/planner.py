@@ -75,7 +75,7 @@ def plan_for_budget(
             given where the tables of a model differ in it.
         precision: of the rows once they are served: a name as :func:`recsys_embed.export` knows them, names to choose
             from for each table, or ``"auto"`` for fp32, int8, int4 and int2. Rows train unrounded, so with ``target=
-            "train"`` fewer bits save nothing. Exports follow the plan.
+            "train"`` fewer bits save nothing, unless ``methods`` give them a ``quantization``. Exports follow the plan.
         network: whether a network reads a feature's vector beside many others and so can tell ids of one row apart, for
             all or by feature; else ids get narrow rows rather than shared ones. By default found out, see
             :mod:`recsys_embed.planning.network_context`.

@@ -38,6 +38,8 @@ ERRORS = {
 
 LOST_PER_ERROR = 0.25
 LOST_PER_ERROR_WITHOUT_NETWORK = 2.0
+WORTH_TIERS = 0.02
+"""Share of a feature's signal that rows of the fewest bits have to lose for tiers of several precisions to be tried."""
 
 
 @cache
@@ -67,6 +69,16 @@ def _error(width: int, precision: str, rows: int) -> float:
         return 0.0
     layout = Layout.of(width, precision, rows=rows)
     return rounding_error(layout.kind, layout.block * layout.width)
+
+
+def tiers_can_pay(menu: Iterable[str], width: int, without_network: bool) -> bool:
+    """Whether ids at several precisions can keep enough more than all at the fewest bits to be worth the time.
+
+    >>> tiers_can_pay(AUTO, 16, without_network=False), tiers_can_pay(AUTO, 16, without_network=True)
+    (False, True)
+    """
+    lost = LOST_PER_ERROR_WITHOUT_NETWORK if without_network else LOST_PER_ERROR
+    return lost * max(rounding_error(kind, width) for kind in menu) >= WORTH_TIERS
 
 
 def precisions_of(given: Any) -> tuple[Precision, ...]:

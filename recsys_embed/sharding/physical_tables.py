@@ -74,7 +74,11 @@ def physical_tables_for(tables: Mapping[str, Table], optimizer: FusedOptimizer |
     """The physical table of every table that is read by row; packing never changes what ``optimizer`` computes."""
     few = [key for key, table in tables.items() if table.training is not None]
     raise_faults(
-        [f"table {k!r} trains in few bits, which TorchRec's tables do not; set `quantization='ptq'`" for k in few],
+        [
+            f"table {k!r} has low-precision rows, which TorchRec cannot train; set `quantization='ptq'`, or "
+            "replicate the collection: DistributedDataParallel with recsys_embed.optim.fused_optimizer"
+            for k in few
+        ],
         "shard",
     )
     alone = optimizer is None or type(optimizer) in (SGD, Adagrad)

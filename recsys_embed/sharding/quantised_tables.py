@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, cast
 
@@ -64,20 +65,22 @@ def quantised(collection: EmbeddingCollection, *, weighted: bool = False) -> Com
     if any(t.device.type != "cpu" for t in (*collection.parameters(), *collection.buffers())):
         raise ConfigError("quantised() takes a collection on the CPU; move it there by .cpu()")
     # Of a rule for which every row is one of TorchRec's.
-    out = CompressedEBC(collection.schema, collection.plan, Adam(), weighted=weighted, device="meta")
+    configs = {name: config.rounded_at_export() for name, config in collection.plan.configs.items()}
+    plan = replace(collection.plan, configs=configs)
+    out = CompressedEBC(collection.schema, plan, Adam(), weighted=weighted, device="meta")
     ours = out.collection
     ours.optimizer = None
     device = torch.device("cpu")
     for reader in ours.readers.values():
         physical_tables: tuple[PhysicalTable, ...] = reader.physical_tables  # type: ignore[assignment]
         stored = [_stored(collection, physical) for physical in physical_tables]
-        configs = [
+        named = [
             EmbeddingConfig(
                 name=p.name, num_embeddings=p.rows, embedding_dim=p.width, feature_names=[p.name], data_type=kind
             )
             for p, (kind, _) in zip(physical_tables, stored, strict=True)
         ]
-        rows = QuantEmbeddingCollection(configs, device, row_alignment=1)
+        rows = QuantEmbeddingCollection(named, device, row_alignment=1)
         reader.ec = rows
         _fill(rows.embeddings, {p.name: held for p, (_, held) in zip(physical_tables, stored, strict=True)})
     if ours.by_bag is not None:

@@ -378,7 +378,9 @@ def _summary(
         logloss_sd=_sd(found.get("logloss", [])),
         auc_gain=_mean(gains.get("auc", [])),
         auc_gain_sd=_sd(gains.get("auc", [])),
-        footprint=Footprint(**{k: parts[k] for k in ("weights", "index", "optimizer", "gradient")}),
+        footprint=Footprint(
+            **{k: parts[k] for k in ("weights", "index", "optimizer", "gradient")}, unrounded=parts.get("unrounded", 0)
+        ),
         compression=good[0]["compression"],
         samples_per_s=statistics.median(r["samples_per_s"] for r in good),
         ranking={name: statistics.fmean(found[name]) for name in ranked},

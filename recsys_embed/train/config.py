@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
+from recsys_embed.core.precision import Precision
 from recsys_embed.errors import ConfigError, UnknownNameError, unknown_name
 from recsys_embed.features import Unseen
 from recsys_embed.models import hyperparameters, list_models
@@ -22,7 +23,7 @@ PLANNED = "planned"
 DENSE_ADAM = "dense_adam"
 """The optimizer of tables that are trained as ordinary parameters."""
 
-_LATER = ("loss", "loss_args", "top_k", "exclude_seen")
+_LATER = ("loss", "loss_args", "top_k", "exclude_seen", "first_order_precision")
 """Settings that earlier runs do not name."""
 
 ScheduleName = Literal["constant", "cosine", "plateau"]
@@ -44,6 +45,8 @@ class TrainConfig(Settings):
         embedding_dim: width of the vectors.
         embedding_init: initial distribution of a full table, see :class:`recsys_embed.FeatureSpec`. Near zero by
             default: an id too rare to be learned then adds nothing, where a wider one would make it noise.
+        first_order_precision: of the first-order weights (rows of width 1) once they are served; ``"fp32"`` keeps them.
+            None: that of the vectors' rows, or int4 where these are of several precisions.
         unseen: what the model makes of ids outside the vocabulary, see :class:`recsys_embed.FeatureSpec`. Data folders
             number every value, unknown ones too, so it matters to whoever serves the model other ids.
         standardise: bring numeric columns to mean 0 and standard deviation 1 of the training rows, inside the model.
@@ -108,6 +111,7 @@ class TrainConfig(Settings):
     budget: str | int | None = None
     embedding_dim: int = param(16, low=1)
     embedding_init: str = "normal:0.0001"
+    first_order_precision: Precision | None = None
     unseen: Unseen | None = None
     standardise: bool = True
     loss: LossName = "logloss"

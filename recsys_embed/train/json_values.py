@@ -14,6 +14,7 @@ def footprint_dict(footprint: Footprint) -> dict[str, int]:
         "index": footprint.index,
         "optimizer": footprint.optimizer,
         "gradient": footprint.gradient,
+        "unrounded": footprint.unrounded,
         "serve": footprint.serve,
         "train": footprint.train,
     }

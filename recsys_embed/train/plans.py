@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from recsys_embed.core.footprint import format_bytes, parse_bytes
+from recsys_embed.core.method_config import MethodConfig
+from recsys_embed.core.precision import Precision, check_precision
 from recsys_embed.data.data_source import DataSource
 from recsys_embed.errors import BudgetError
 from recsys_embed.features import Schema
@@ -19,6 +21,8 @@ from recsys_embed.train.config import PLANNED, TrainConfig
 
 LINEAR_METHOD = "unified"
 """Method of the first-order weights under a budget."""
+BESIDE_SEVERAL: Precision = "int4"
+"""Precision of the first-order weights where the vectors' rows are of several."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
     The budget covers vectors and first-order weights together. First-order weights get one part in ``D + 1`` (their
     share uncompressed), stored as one shared hashed array of width 1: the hashing trick. Without a budget the method's
     own parameters decide the vectors and first-order weights stay whole; beside a plan of the vectors they get their
-    part of its bytes.
+    part of its bytes. They are served at the precision of the vectors' rows, see :func:`first_order_precision`.
 
     Args:
         data: opened data set, whose frequencies the planner goes by (method ``"planned"`` without a plan), and methods
@@ -65,8 +69,9 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
     linear = None
     if narrow is not None and budget is not None:
         share = budget // (config.embedding_dim + 1)
-        linear = Plan.uniform(narrow, LINEAR_METHOD, budget=share, **_of_rows(config))
-        budget -= linear.footprint(narrow).serve
+        linear = _linear_plan(narrow, share, _of_rows(config))
+        # At fp32 whatever their precision, so that what is left to the vectors does not depend on it.
+        budget -= _linear_plan(narrow, share, {}).footprint(narrow).serve
     if given is not None:
         need = given.footprint(vectors).serve
         if budget is not None and need > budget:
@@ -88,11 +93,53 @@ def plans_for(schema: Schema, config: TrainConfig, data: DataSource | None = Non
     return Plans(with_frequent_ids(made, vectors, counted), linear, full_bytes)
 
 
+def first_order_precision(config: TrainConfig) -> Precision:
+    """Precision of the first-order weights once they are served, by default that of the vectors' rows.
+
+    Where these are of several precisions, :data:`BESIDE_SEVERAL`.
+    """
+    if config.first_order_precision is not None:
+        return config.first_order_precision
+    if config.plan is not None:
+        return _precision_beside(Plan.from_dict(config.plan))
+    own = config.method != PLANNED and get_method(config.method).config_cls.has_own_precisions
+    given = config.method_args.get("precisions", "auto") if own else config.method_args.get("precision", "fp32")
+    kinds = {given} if isinstance(given, str) else {k for k in given if k != "dropped"}
+    return BESIDE_SEVERAL if len(kinds) != 1 or kinds == {"auto"} else check_precision(str(kinds.pop()))
+
+
+def _precision_beside(plan: Plan) -> Precision:
+    """The precision of all rows of a plan's vectors, or :data:`BESIDE_SEVERAL`."""
+    kinds = {kind for config in plan.configs.values() for kind in _kinds(config)} or {"fp32"}
+    return check_precision(kinds.pop()) if len(kinds) == 1 else BESIDE_SEVERAL
+
+
+def _kinds(config: MethodConfig) -> set[str]:
+    if config.computes:
+        return set()
+    own = getattr(config, "precisions", ()) if config.has_own_precisions else (config.precision,)
+    return {kind for kind in own if kind != "dropped"}
+
+
 def _of_rows(config: TrainConfig) -> dict[str, Any]:
-    """How first-order weights are stored while they train: as the vectors are, if these are stored in few bits."""
-    if config.method_args.get("quantization", "ptq") == "ptq":
+    """Options of the first-order weights: a precision, in which they train if the vectors' rows train in few bits."""
+    precision = first_order_precision(config)
+    if precision == "fp32":
         return {}
-    return {k: config.method_args[k] for k in ("precision", "quantization", "rounding") if k in config.method_args}
+    options: dict[str, Any] = {"precision": precision}
+    options.update((k, config.method_args[k]) for k in ("quantization", "rounding") if k in config.method_args)
+    return options
+
+
+def _linear_plan(narrow: Schema, share: int, options: dict[str, Any]) -> Plan:
+    """First-order weights in ``share`` bytes; at fp32 where these hold no block of rows that share a scale."""
+    plain = Plan.uniform(narrow, LINEAR_METHOD, budget=share)
+    if not options:
+        return plain
+    try:
+        return Plan.uniform(narrow, LINEAR_METHOD, budget=plain.footprint(narrow).serve, **options)
+    except BudgetError:
+        return plain
 
 
 def _ordered(config: TrainConfig, counted: DataSource | None) -> dict[str, Any]:
@@ -130,17 +177,19 @@ def _say_made_for_others(plan: Plan, schema: Schema) -> None:
 
 def linear_share(budget: int, config: TrainConfig, narrow: Schema) -> int:
     """Bytes of the first-order weights over ``narrow``, of width 1, under a budget of the whole embedding part."""
-    return _linear_bytes(budget, config.embedding_dim, narrow)
+    precision = config.first_order_precision or "fp32"
+    return _linear_bytes(budget, config.embedding_dim, narrow, precision)
 
 
-def first_order_bytes(plan: Plan, schema: Schema) -> int:
+def first_order_bytes(plan: Plan, schema: Schema, precision: Precision | None = None) -> int:
     """Bytes of the first-order weights that a model gets on top of a plan of its vectors, where it has such weights.
 
     Args:
         schema: the features of the plan, of one width.
+        precision: of the weights; by default that of the vectors' rows.
     """
-    dim = schema.uniform_dim or 1
-    return _linear_bytes(_with_first_order(plan.footprint(schema).serve, dim), dim, schema.with_dim(1))
+    dim, precision = schema.uniform_dim or 1, precision or _precision_beside(plan)
+    return _linear_bytes(_with_first_order(plan.footprint(schema).serve, dim), dim, schema.with_dim(1), precision)
 
 
 def on_top_of(schema: Schema, config: TrainConfig) -> int:
@@ -149,7 +198,7 @@ def on_top_of(schema: Schema, config: TrainConfig) -> int:
     both = config.plan is None or config.budget is not None or config.ratio is not None
     if both or not (cls.uses_vectors and cls.uses_linear):
         return 0
-    return first_order_bytes(Plan.from_dict(config.plan or {}), schema)
+    return first_order_bytes(Plan.from_dict(config.plan or {}), schema, config.first_order_precision)
 
 
 def _with_first_order(vectors: int, dim: int) -> int:
@@ -157,5 +206,6 @@ def _with_first_order(vectors: int, dim: int) -> int:
     return vectors + max(vectors // dim, 4)
 
 
-def _linear_bytes(budget: int, dim: int, narrow: Schema) -> int:
-    return Plan.uniform(narrow, LINEAR_METHOD, budget=budget // (dim + 1)).footprint(narrow).serve
+def _linear_bytes(budget: int, dim: int, narrow: Schema, precision: Precision) -> int:
+    options = {} if precision == "fp32" else {"precision": precision}
+    return _linear_plan(narrow, budget // (dim + 1), options).footprint(narrow).serve

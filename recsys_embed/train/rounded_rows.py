@@ -22,7 +22,7 @@ def rounded_rows(model: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         try:
             for module in model.modules():
-                if not isinstance(module, EmbeddingCollection) or module.served is not None:
+                if not isinstance(module, EmbeddingCollection) or module.from_file:
                     continue
                 of_heads = module.bundle.heads.tables()
                 for key, described in module.tables.items():

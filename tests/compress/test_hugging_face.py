@@ -208,3 +208,13 @@ def test_a_compressed_model_generates_what_its_plain_rows_do() -> None:
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(IDS, **options), plain.generate(IDS, **options))
     assert isinstance(plain.lm_head, nn.Linear)
+
+
+def test_low_precision_tables_are_refused_before_a_file_is_written(tmp_path: Path) -> None:
+    model = build("BertModel")
+    schema = rse.Schema.from_model(model)
+    plan = rse.Plan.uniform(schema, "full", precision="int8", quantization="lpt")
+    rse.compress_(model, plan)
+    with pytest.raises(ConfigError, match=r"save them by torch\.save\(model\.state_dict\(\), path\)"):
+        model.save_pretrained(tmp_path / "m")
+    assert not list(tmp_path.rglob("*.safetensors"))

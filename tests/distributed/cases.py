@@ -45,7 +45,9 @@ def schema_for(
 def plan_for(schema: rse.Schema, method: str, **options: Any) -> rse.Plan:
     if options or method == "full":
         return rse.Plan.uniform(schema, method, **options)
-    return rse.Plan.uniform(schema, method, budget="120KiB", full_below=100)
+    # Of tiers in few bits that would leave no ids to the last.
+    mixed = rse.get_method(method).config_cls.has_own_precisions
+    return rse.Plan.uniform(schema, method, budget="75KiB" if mixed else "120KiB", full_below=100)
 
 
 def found_plan(schema: rse.Schema, method: str) -> rse.Plan:

@@ -273,3 +273,42 @@ def copies(group: Any, rank: int, world: int) -> dict[str, float]:
         F.mse_loss(again(x), y).backward()
     grad = again.tables.width4.grad
     return {"same": same, "apart": apart(model, group), "left": 0.0 if grad is None else float(grad.abs().sum())}
+
+
+def few_bits(group: Any, rank: int, world: int, quantization: str, kind: str) -> dict[str, float]:
+    """Tables that train in few bits, whose random bits have to be those of the first process everywhere."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    schema = rse.Schema([rse.FeatureSpec(n, 50, 16, init="normal:0.05") for n in "ui"])
+    options: dict[str, Any] = {"precision": "int8", "quantization": quantization}
+    torch.manual_seed(0)
+    if kind == "drop-in":
+        tables: nn.Module = rse.make_embedding("hash", 50, 16, num_buckets=20, init="normal:0.05", **options)
+    else:
+        plan = rse.Plan.uniform(schema, "full", **options)
+        tables = rse.EmbeddingCollection(schema, plan, rse.RowwiseAdagrad(lr=0.1), seed=rank)
+    head = nn.Linear(32, 1)
+    model: nn.Module = nn.Sequential(tables, nn.Flatten(), head)
+    if kind == "fsdp2":
+        fully_shard(head, mesh=DeviceMesh.from_group(group, "cpu"))
+        model = nn.Sequential(tables, nn.Flatten(), head)
+    made = torch.optim.SGD(model.parameters() if kind == "drop-in" else head.parameters(), 0.1)
+    step = made if kind == "drop-in" else fused_optimizer(model, made, process_group=group if kind == "fsdp2" else None)
+    flat = {"init_sync": False} if kind == "drop-in" else {}
+    replica = model if kind == "fsdp2" else DistributedDataParallel(model, process_group=group, **flat)
+    start = [p.stored.clone() for p in tables.parameters() if hasattr(p, "stored")]
+    for s in range(3):
+        x, y = batch(10 * s + rank)
+        F.mse_loss(replica(x[:, :2] % 40).squeeze(1), y).backward()
+        step.step()
+        step.zero_grad()
+    found = [p.stored for p in tables.parameters() if hasattr(p, "stored")]
+    worst = 0.0
+    for stored in found:
+        low, high = stored.double(), stored.double()
+        dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+        worst = max(worst, float((high - low).abs().max()))
+    moved = [int((a != b).sum()) for a, b in zip(start, found, strict=True)]
+    return {"apart": worst, "moved": float(sum(moved))}

@@ -63,6 +63,14 @@ def test_fsdp(workers: Workers, kind: str, rule: str) -> None:
     check(workers.run("sharded", module=CASES, kind=kind, rule=rule), 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "drop-in", "fsdp2"])
+@pytest.mark.parametrize("quantization", ["lpt", "alpt", "lsq"])
+def test_replicas_of_few_bits_are_equal(workers: Workers, quantization: str, kind: str) -> None:
+    for rank in workers.run("few_bits", module=CASES, quantization=quantization, kind=kind):
+        assert rank["moved"] > 100
+        assert rank["apart"] == 0.0
+
+
 WAYS_OUT = {
     "ddp": "fused_optimizer",
     "ddp compiled": "fused_optimizer",

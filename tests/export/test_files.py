@@ -264,7 +264,7 @@ def test_export_and_load_take_memory_of_chunks_not_of_tables(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     grown = [int(n) for n in done.stdout.split()]
     assert len(grown) == 4
-    assert max(grown) < 40, grown  # pieces of 16 MiB are written
+    assert max(grown) < 20, grown
 
 
 ALONE = """

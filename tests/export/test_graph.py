@@ -39,7 +39,8 @@ def test_every_method_in_one_model(tmp_path: Path) -> None:
     model.train()
     written = to_torch_export(model, tmp_path / "model.pt2")
     assert written.check is not None
-    assert written.check.max_difference == 0.0
+    # Eager lookups compute rows (dhe) once per distinct id, in products of other shapes.
+    assert written.check.max_difference <= 1e-7
     assert model.training, "the model's mode is its own"
     weights = sum(p.nbytes for p in model.parameters())
     stored = tensor_bytes(written.files[0])

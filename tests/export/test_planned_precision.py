@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.core.method_config import MethodConfig
 from recsys_embed.core.precision import FLOATS, Layout, Precision
 from recsys_embed.errors import ConfigError, RecsysEmbedError
 from recsys_embed.registry import MethodInfo, list_methods
@@ -28,7 +29,14 @@ METHODS = pytest.mark.parametrize("method", list_methods(), ids=lambda m: m.name
 def at(plan: Plan, *precisions: Any) -> Plan:
     """The plan with a precision per feature, in turns."""
     chosen = zip(plan.configs.items(), precisions * len(plan), strict=False)
-    return Plan({name: dataclasses.replace(config, precision=p) for (name, config), p in chosen})
+    return Plan({name: dataclasses.replace(config, **option(config, p)) for (name, config), p in chosen})
+
+
+def option(config: MethodConfig, precision: Any) -> dict[str, Any]:
+    """The precision of a configuration, or of the first of its tables, where these have their own."""
+    if config.has_own_precisions:
+        return {"precisions": (precision, *config.precisions[1:])}
+    return {"precision": precision}
 
 
 def plan_of(method: MethodInfo) -> Plan:

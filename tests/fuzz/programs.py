@@ -23,7 +23,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 WIDTHS = (1, 2, 3, 4, 4, 5, 6, 8, 8, 8, 12, 16, 17, 24)
 MOST_BYTES = 300_000
 """Of one feature's tables: larger ones only take time."""
-FEW_BITS = ("quantization", "rounding", "quantization_step", "state_precision")
+FEW_BITS = ("quantization", "rounding", "quantization_step", "quantization_step_lr", "state_precision")
 """Options that round at random in every step, which no float64 oracle follows: see :mod:`tests.fuzz.few_bits`."""
 HUGE = (-1, -2, 2**31 - 1, 2**31, -(2**31), 2**40 + 7, 2**63 - 1, -(2**63))
 

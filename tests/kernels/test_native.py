@@ -118,6 +118,7 @@ def trained(method: Any, batch: int) -> list[Tensor]:
     return [*outputs, *(getattr(coll, name) for name in coll.storages)]
 
 
+@pytest.mark.crossed
 @METHODS
 def test_bits_do_not_depend_on_the_number_of_threads(method: Any, threads: int) -> None:
     if plan_of(method, Schema([FeatureSpec("C1", 900, 16)]))["C1"].computes:
@@ -464,7 +465,7 @@ def test_bags_are_those_of_the_definition(
         weights = weights if weighted and pooling == "sum" else None
         got = ours(values, offsets, weights)
         wanted = oracle(values, offsets, None if weights is None else weights.double())
-        torch.testing.assert_close(got.double(), wanted, rtol=3e-5, atol=1e-5)
+        torch.testing.assert_close(got.double(), wanted, rtol=3e-5, atol=1e-4)  # sums of 130 rows
         upstream = torch.randn(got.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         step.zero_grad()
         got.backward(upstream.float())
@@ -478,6 +479,7 @@ def test_bags_are_those_of_the_definition(
                 theirs.copy_(mine)
 
 
+@pytest.mark.crossed
 @METHODS
 def test_bits_of_bags_do_not_depend_on_the_number_of_threads(method: Any, threads: int) -> None:
     if plan_of(method, Schema([FeatureSpec("C1", 900, 16)]))["C1"].computes:

@@ -489,6 +489,7 @@ _SKIP = {
 }
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("check", [c for c in EMBEDDING_CHECKS if c.__name__ not in _SKIP], ids=lambda c: c.__name__)
 @pytest.mark.parametrize(
     "defaults",

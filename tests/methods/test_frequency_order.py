@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,9 +55,12 @@ def test_footprint_is_parameters_and_buffers(method: str) -> None:
     held = sum(p.nbytes for p in module.parameters())
     index = module.kernel.index.nbytes
     assert index > 0
-    assert (module.footprint().weights, module.footprint().index) == (held, index)
+    said = module.footprint()
+    # Rows train unrounded, whatever they are served at.
+    assert (said.weights + said.unrounded, said.index) == (held, index)
     stored = sum(v.nbytes for k, v in module.state_dict().items() if not k.endswith("_extra_state"))
-    assert stored == module.footprint().serve <= ROWS * WIDTH * 3
+    assert stored == said.train
+    assert said.serve <= ROWS * WIDTH * 3
     assert build(method, "ids").footprint().index == 0
 
 
@@ -118,12 +122,20 @@ def test_sets_compile_and_export(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_fit_with_counts_serves_the_frequent_ids_best(method: str) -> None:
+def test_a_fit_with_counts_serves_the_frequent_ids_best(method: str, tmp_path: Path) -> None:
     target = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
     seen = counts(3).double() ** 4
-    fitted = type(build(method)).from_dense(target, counts=seen, config=build(method).config)
-    error = (fitted.materialize() - target).square().sum(1)
+
+    def error_of(name: str, **known: Any) -> Tensor:
+        fitted = type(build(method)).from_dense(target, config=build(method).config, **known)
+        rse.export(fitted, tmp_path / name)  # at the precisions of the configuration
+        served: Any = rse.load(tmp_path / name)
+        out: Tensor = (served(IDS) - target).square().sum(1)
+        return out
+
+    error, blind = error_of("known", counts=seen), error_of("blind")
     often = seen.argsort(descending=True)
-    assert error[often[: ROWS // 20]].sum() < 1e-6 * error.sum()
-    blind = type(build(method)).from_dense(target, config=build(method).config)
-    assert (error * seen).sum() < 0.7 * ((blind.materialize() - target).square().sum(1) * seen).sum()
+    # Rows of 8 bits lie within 1 / 255 of their range.
+    rounded = "precisions" in build(method).config.to_dict()
+    assert error[often[: ROWS // 20]].sum() < (1e-3 if rounded else 1e-6) * error.sum()
+    assert (error * seen).sum() < 0.7 * (blind * seen).sum()

@@ -21,7 +21,7 @@ from recsys_embed.train.plans import plans_for
 from tests.train.toy import ToyData, toy_config
 
 ROWS, WIDTH, HOT = 20_000, 16, 1000
-BUDGET = ROWS * WIDTH * 4 // 7
+BUDGET = ROWS * WIDTH * 4 // 10
 SCHEMA = Schema([FeatureSpec("item", ROWS, WIDTH)])
 BY_FREQUENCY = [m.name for m in list_methods() if m.config_cls.plannable and m.config_cls.order_option is not None]
 
@@ -74,6 +74,7 @@ def served(plan: Plan) -> Tensor:
     return rse.load(file, into=model())["item"](hot()).detach()  # type: ignore[index]
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("carried", [as_it_is, by_text, by_file])
 @pytest.mark.parametrize("used", [compressed, collected, served])
 @pytest.mark.parametrize("method", [*BY_FREQUENCY, None])

@@ -224,6 +224,8 @@ def test_a_mixed_plan_is_predicted_to_lose_no_more_than_any_single_method(ratio:
     mixed = sum(plan_losses(schema, plan, terms).values())
     assert mixed <= plan.notes.predicted_loss + 1e-9
     for method in NAMES:
+        if get_method(method).config_cls.has_own_precisions:
+            continue  # the plan is at fp32, which these are not
         single = planned_uniform(schema, method, budget)
         if single is not None:
             # Losses of a group are upper bounds: they are computed as if every feature that may join had joined.

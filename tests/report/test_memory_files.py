@@ -31,6 +31,7 @@ def plan_of(info: rse.MethodInfo) -> Plan:
     return Plan.full(schema()) if info.name == "full" else Plan.uniform(schema(), info.name, budget="48KiB")
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("info", METHODS, ids=lambda m: m.name)
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
 def test_state_of_a_model_says_what_the_model_says(info: rse.MethodInfo, kind: str, tmp_path: Path) -> None:
@@ -47,8 +48,9 @@ def test_state_of_a_model_says_what_the_model_says(info: rse.MethodInfo, kind: s
         t.name: (t.method, t.footprint) for t in built.tables
     }
     assert not [n for n in read.notes if "tensors were taken" in n or "holds" in n]
-    # The file itself holds little more.
-    assert read.total("serve", "model") <= path.stat().st_size < read.total("serve", "model") + 20_000
+    # The file itself holds little more, of rows that are not rounded yet.
+    held = read.total("serve", "model") + read.footprint.unrounded
+    assert held <= path.stat().st_size < held + 20_000
 
 
 @pytest.mark.parametrize("info", METHODS, ids=lambda m: m.name)
@@ -267,6 +269,7 @@ def test_tied_tables_stand_for_one_full_table_when_loaded(tmp_path: Path) -> Non
     assert next(a for a in report.alternatives() if a.method == "full").serve["fp32"] == 3000 * 16 * 4
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
 @pytest.mark.parametrize("info", METHODS, ids=lambda m: m.name)
 def test_a_state_dict_counts_what_its_model_counts(info: rse.MethodInfo, kind: str, tmp_path: Path) -> None:

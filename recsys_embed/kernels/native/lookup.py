@@ -285,6 +285,9 @@ class NativeLookup:
         number, decodes, sizes, widths = 0, False, self._sizes, self._storage_widths
         for table in tables:
             if type(table) is LowPrecisionTable:
+                rows, columns = len(table.stored), table.shape[1]
+                if rows * columns < sizes[number] or columns != widths[number]:
+                    self._refuse(table, number)
                 call[at + number] = checked_address(table.stored)
                 decodes, number = True, number + 1
                 continue

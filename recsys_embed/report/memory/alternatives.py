@@ -30,11 +30,13 @@ class Alternative:
         method: its key.
         ratio: the budget of every table is the bytes of its dense form divided by this.
         elements: stored numbers.
-        serve: deployed bytes by precision, index buffers included.
+        serve: deployed bytes by precision, index buffers included. A method whose tables have precisions of their own
+            takes these, whatever the precision.
         train: bytes of float32 weights, index buffers, optimizer state and gradients.
         missed: number of tables whose smallest form exceeds this budget; they count with that form.
         unfit: number of tables the method cannot store (raw ids, widths it does not divide); they count as dense.
-        per_table: deployed float32 bytes by table.
+        per_table: deployed float32 bytes by table, or at precisions of their own.
+        own_precisions: whether the method's tables have precisions of their own.
     """
 
     method: str
@@ -45,6 +47,7 @@ class Alternative:
     missed: int
     unfit: int
     per_table: dict[str, int]
+    own_precisions: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -67,7 +70,7 @@ def alternatives(
     for info in list_methods():
         if methods is None or info.name in methods:
             sized = {s: _sized_table(info, s, ratio) if s in large else _plain(s) for s in shapes}
-            out.append(_sum(info.name, ratio, [(e.name, sized[_shape(e)]) for e in tables], state_size, update))
+            out.append(_sum(info, ratio, [(e.name, sized[_shape(e)]) for e in tables], state_size, update))
     return out
 
 
@@ -142,7 +145,7 @@ def _sized_table(info: MethodInfo, spec: FeatureSpec, ratio: float) -> _SizedTab
 
 
 def _sum(
-    method: str,
+    info: MethodInfo,
     ratio: float,
     tables: Sequence[tuple[str, _SizedTable]],
     state_size: OptimizerStateSize | None,
@@ -150,14 +153,16 @@ def _sum(
 ) -> Alternative:
     serve = dict.fromkeys(PRECISIONS, 0)
     elements = train = 0
+    own = info.config_cls.has_own_precisions
     per_table: dict[str, int] = {}
     for name, sized in tables:
-        per_table[name] = sum(a.nbytes for a in sized.arrays)
+        per_table[name] = sum(stored_bytes(a, None) for a in sized.arrays)
         for precision in PRECISIONS:
-            serve[precision] += sum(stored_bytes(a, precision) for a in sized.arrays)
+            serve[precision] += sum(stored_bytes(a, None if own else precision) for a in sized.arrays)
         for a in sized.arrays:
             elements += 0 if a.role == "index" else a.elements
             train += a.nbytes + (sum(state_size.state_bytes(a, update)) if state_size is not None else 0)
             train += a.nbytes if a.role != "index" and (update == "dense" or a.role == "dense") else 0
     missed, unfit = sum(s.missed for _, s in tables), sum(s.unfit for _, s in tables)
-    return Alternative(method, ratio, elements, {str(k): v for k, v in serve.items()}, train, missed, unfit, per_table)
+    by_precision = {str(k): v for k, v in serve.items()}
+    return Alternative(info.name, ratio, elements, by_precision, train, missed, unfit, per_table, own)

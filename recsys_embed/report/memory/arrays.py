@@ -145,7 +145,7 @@ class TableStorage:
         if array.role == "table" and self.update == "sparse":
             # Torch keeps one row number and one gradient row per row read, duplicates included.
             return lookups * array.reads * (8 + array.width * array.itemsize)
-        return 0 if self.update == "frozen" else array.nbytes
+        return 0 if self.update == "frozen" else array.elements * array.itemsize
 
     def activations(self, lookups: int, samples: int, *, training: bool) -> int:
         """Bytes of row numbers, rows read and vectors of one batch, and in training of their gradients.

@@ -107,7 +107,9 @@ def _own_arrays(module: CompressedEmbedding) -> list[ArrayStorage]:
         array = ArrayStorage(name, rows, width, p.element_size(), role, reads, id(p), p.requires_grad, flat=p.dim() < 2)
         if table is not None:
             packed = None if table.training is None else table.trained_bytes()
+            # What a file was loaded from is held as it is served.
             array = replace(array, precision=table.precision, packed=packed)
+            array = _as_served(array) if module.from_file else array
         arrays.append(array)
     if module.served is not None:
         for name in tables:
@@ -202,13 +204,20 @@ def _held(
     """Arrays that a collection stores for one table of a feature."""
     if table.dense:
         values = collection.bundle.heads.parameter(spec.name, table.name)
-        return [array_of(table, program, values.element_size(), id(values), values.requires_grad)]
+        array = array_of(table, program, values.element_size(), id(values), values.requires_grad)
+        return [_as_served(array) if collection.from_file else array]
     storage, offset = collection.places[table_key(spec, table)]
     if collection.served is not None and storage in collection.served:
         return _served(table.name, collection.served[storage], offset, reads_of(program, table.name))
     weight = getattr(collection, storage)
     trained = weight.requires_grad or collection.optimizer is not None
-    return [array_of(table, program, weight.element_size(), id(weight), trained)]
+    array = array_of(table, program, weight.element_size(), id(weight), trained)
+    return [_as_served(array) if collection.from_file else array]
+
+
+def _as_served(array: ArrayStorage) -> ArrayStorage:
+    """An array that a file filled, which takes what it holds, whatever its plan says."""
+    return replace(array, precision="fp32", packed=None)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -217,6 +226,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 def _key(tensor: Tensor) -> Any:
     """Equal for parameters over the same memory; works on the meta device, too."""
+    tensor = getattr(tensor, "stored", tensor)  # of rows that train in few bits
     return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel())
 
 

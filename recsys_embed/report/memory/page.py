@@ -77,8 +77,9 @@ def _text(value: Any) -> str:
 def _cards(report: ReportValues) -> list[dict[str, str]]:
     settings, tables = report.settings, report.tables
     count = sum(t.storage.kind != "shared" for t in tables)
+    precision = settings.precision or ("as planned" if report.footprint.unrounded else "as held")
     cards = [
-        ("serving", report.total("serve"), f"weights {settings.precision or 'as held'} and index buffers"),
+        ("serving", report.total("serve"), f"weights {precision} and index buffers"),
         ("training", report.total("train"), "weights, index buffers, optimizer state, gradients"),
         ("lookup while training", sum(t.activations for t in tables), f"a batch of {settings.batch_size:,}"),
     ]

@@ -54,6 +54,7 @@ class MemoryReport(ReportValues):
                 "train": self.total("train"),
                 "peak": self.total("peak"),
                 **vars(self.footprint),
+                "weights": sum(t.weights for t in self.tables),
                 "stored": sum(t.stored for t in self.tables),
                 "lookup": sum(t.lookup for t in self.tables),
                 "activations": sum(t.activations for t in self.tables),

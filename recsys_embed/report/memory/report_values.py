@@ -100,7 +100,8 @@ class TableReport:
 
     @property
     def footprint(self) -> Footprint:
-        return Footprint(self.weights, self.index, self.optimizer, self.gradient)
+        """Bytes served in the report's precision, and what training holds beyond them."""
+        return Footprint(self.stored, self.index, self.optimizer, self.gradient, self.weights - self.stored)
 
     def to_dict(self) -> dict[str, Any]:
         e = self.storage
@@ -209,7 +210,7 @@ class ReportValues:
 
     @property
     def footprint(self) -> Footprint:
-        """All tables together, as held now."""
+        """All tables together: ``serve`` and ``train`` are those of :meth:`total`."""
         return sum((t.footprint for t in self.tables), Footprint())
 
     def total(self, when: When = "serve", part: Literal["embedding", "model"] = "embedding") -> int:

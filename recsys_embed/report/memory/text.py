@@ -140,8 +140,9 @@ def _causes(report: ReportValues) -> Grid:
     """Bytes by cause, serving and training side by side."""
     tables, rest, total = report.tables, report.rest, report.footprint
     settings = report.settings
-    precision = settings.precision or "as held"
-    rows = [("weights", sum(t.stored for t in tables), total.weights, f"serving: {precision}")]
+    held = sum(t.weights for t in tables)
+    precision = settings.precision or ("as planned" if total.unrounded else "as held")
+    rows = [("weights", total.weights, held, f"serving: {precision}")]
     if total.index:
         rows.append(("index buffers", total.index, total.index, ""))
     rows.append(("optimizer state", 0, total.optimizer, _optimizers(report)))
@@ -177,6 +178,9 @@ def _alternatives(report: ReportValues) -> Grid:
     title = f"What it would cost: every table at 1/{report.settings.ratio:g} of its full bytes"
     if any(row[0].endswith(" *") for row in rows):
         title += " (* some tables need more)"
+    mixed = [a.method for a in report.alternatives() if a.own_precisions]
+    if mixed:
+        title += f"\n({', '.join(mixed)}: rows at precisions of its own in every column)"
     return Grid(("method", *SHOWN, "training"), tuple(rows), 1, title)
 
 
