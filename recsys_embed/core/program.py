@@ -86,7 +86,7 @@ class Initializer:
             return out.fill_(self.loc)
         if hasattr(out, "fill_from"):  # rows that train in few bits are written by pieces
             draws, width = _Elements(self.stream(out.numel(), seed)), out.shape[1]
-            out.fill_from(lambda _, count: draws.next(count * width).view(count, width), stochastic=True)
+            out.fill_from(lambda _, count: draws.next(count * width).view(count, width), seed=seed)
             return out
         held, at = held_part(out)
         flat = held.view(-1)

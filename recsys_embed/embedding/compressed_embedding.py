@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -433,7 +433,7 @@ class CompressedEmbedding(ModuleTables):
         return module
 
     @staticmethod
-    def _fit_codes(weight: Tensor, options: dict[str, Any]) -> None:
+    def _fit_codes(weight: Tensor, options: dict[str, Option]) -> None:
         """Let the codes of low-precision rows span a trained table, unless ``options`` say how they start.
 
         The initial weights decide it: four of their standard deviations, see :attr:`Initializer.reach`.
