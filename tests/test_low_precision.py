@@ -152,7 +152,9 @@ def test_every_method_trains_resumes_and_exports_its_codes(method: Any, quantiza
     # Products of rows and slices of a GPU's order aside, bits agree; here all are sums in one order.
     first, last = (stored(c) for c in (built[0], built[-1]))
     differ = sum(int((a != b).sum()) for a, b in zip(first, last, strict=True))
-    assert quantization == "lsq" or differ <= 0.001 * sum(a.numel() for a in first) + 2
+    # Where a step is rounded to its other neighbour, all codes of its row are others.
+    share = {"lpt": 0.001, "alpt": 0.005, "lsq": 1.0}[quantization]
+    assert differ <= share * sum(a.numel() for a in first) + 2
     report = built[0].footprint()
     tables = sum(t.rows * t.training.row_bytes(t.width) for t in built[0].tables.values() if t.training)
     assert tables == sum(s.nbytes for s in first)
@@ -160,6 +162,15 @@ def test_every_method_trains_resumes_and_exports_its_codes(method: Any, quantiza
     again = EmbeddingCollection(schema, plan, RowwiseAdagrad(0.05), seed=1, backend=BACKENDS[0])
     again.load_state_dict(built[0].state_dict())
     assert all(torch.equal(a, b) for a, b in zip(stored(again), first, strict=True))
+    again.eval(), built[0].eval()
+    assert torch.equal(again(ids), built[0](ids))
+    # The next step is the same, of a run that goes on and of one that is resumed.
+    resumed = EmbeddingCollection(schema, plan, RowwiseAdagrad(0.05), backend=BACKENDS[0])
+    resumed.load_state_dict(built[0].state_dict())
+    whole = copy.deepcopy(built[0]).train()
+    for coll in (resumed, whole):
+        coll(ids).square().sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(stored(resumed), stored(whole), strict=True))
     file = rse.export(built[0].eval(), tmp_path / "m.rse")
     # What heads multiply by is served in fp16. Sums of `lsq`, which torch reads, have another order than the kernels'.
     near = 2e-3 if any(t.dense for t in built[0].tables.values()) else 1e-6 * (quantization == "lsq")
