@@ -174,7 +174,11 @@ def test_a_run_is_measured_as_it_is_served(tmp_path: Path) -> None:
     assert found.result.test.auc != unrounded.auc  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("info", [m for m in list_methods() if m.config_cls.plannable], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "info",
+    [m for m in list_methods() if m.config_cls.plannable and not m.config_cls.has_own_precisions],
+    ids=lambda m: m.name,
+)
 def test_what_is_found_at_one_precision_is_what_another_would_find(info: MethodInfo) -> None:
     spec, terms, costs = FeatureSpec("a", 900, 16), CurveTerms(FrequencyCurve.zipf(900)), Costs(None, False)
 
