@@ -139,7 +139,8 @@ class CompressedEmbedding(ModuleTables):
                 self.register_parameter(table.name, shared.take(table, f"{type(self).__name__} {name!r}"))
                 continue
             where = None if device is None else torch.device(device)
-            self.register_parameter(table.name, nn.Parameter(new_table(table, self.config.seed, where, dtype)))
+            values = new_table(table, self.config.seed, where, dtype)
+            self.register_parameter(table.name, nn.Parameter(values, requires_grad=not table.frozen))
         places = {t.name: Place(t.name, 0) for t in self.program.tables}
         with torch.device(self._device()):
             self.unseen = UnseenIds([self.spec], [self.config.accepts_raw])
