@@ -50,11 +50,6 @@ static RowCoder choose_coder(i64 kind, i64 width) {
   }
 }
 
-// Rounds listed rows of floats [count, width] and stores them; where no rows are listed, the first `count`.
-static void store_rows(const Stored& s, const float* values, i64 width, const i64* rows, i64 from, i64 to, i64 step, unsigned char* table) {
-  choose_coder(s.kind, width).round(s, nullptr, values + from * width, width, rows ? rows + from : nullptr, from, to - from, step, table);
-}
-
 using StepRows = void (*)(const Update&, float*, const Summed*, i64, i64, i64);
 
 // Copies of some rows in floats, which are written back to where they are stored.

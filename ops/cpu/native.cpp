@@ -166,14 +166,13 @@ struct Variant {
   bool (*mask)(const Mask&, i64, i64);
   bool (*mask_backward)(const Mask&, i64);
   void (*train)(const Train&, i64, i64);
-  void (*store_rows)(const Stored&, const float*, i64, const i64*, i64, i64, i64, unsigned char*);
 };
 
 const Variant variants[] = {
-    {"plain", plain::look_up, plain::backward, plain::catch_up_rows, plain::update_listed_rows, plain::mask, plain::mask_backward, plain::train, plain::store_rows},
+    {"plain", plain::look_up, plain::backward, plain::catch_up_rows, plain::update_listed_rows, plain::mask, plain::mask_backward, plain::train},
 #ifdef RSE_WIDE
-    {"avx2", avx2::look_up, avx2::backward, avx2::catch_up_rows, avx2::update_listed_rows, avx2::mask, avx2::mask_backward, avx2::train, avx2::store_rows},
-    {"avx512", avx512::look_up, avx512::backward, avx512::catch_up_rows, avx512::update_listed_rows, avx512::mask, avx512::mask_backward, avx512::train, avx512::store_rows},
+    {"avx2", avx2::look_up, avx2::backward, avx2::catch_up_rows, avx2::update_listed_rows, avx2::mask, avx2::mask_backward, avx2::train},
+    {"avx512", avx512::look_up, avx512::backward, avx512::catch_up_rows, avx512::update_listed_rows, avx512::mask, avx512::mask_backward, avx512::train},
 #endif
 };
 
@@ -286,18 +285,6 @@ RSE_API int rse_update_rows(const Update* update, float* table, i64 width, const
 // Products of the slices of a tensor train, or, with gradients of these, those of the slices.
 RSE_API int rse_train(const Train* t, i64 threads) try {
   parallel(threads, [&](i64 thread, i64 team) { active->train(*t, t->count * thread / team, t->count * (thread + 1) / team); });
-  return DONE;
-} catch (const std::bad_alloc&) {
-  return NO_MEMORY;
-}
-
-// Rounds `count` rows of floats [count, width] to the format of a table in a step of its optimizer, and stores them as
-// `rows`, or from the first row on.
-RSE_API int rse_store_rows(const Stored* s, const float* values, i64 width, const i64* rows, i64 count, i64 step,
-                           unsigned char* table, i64 threads) try {
-  parallel(threads, [&](i64 thread, i64 team) {
-    active->store_rows(*s, values, width, rows, count * thread / team, count * (thread + 1) / team, step, table);
-  });
   return DONE;
 } catch (const std::bad_alloc&) {
   return NO_MEMORY;

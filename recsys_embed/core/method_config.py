@@ -33,7 +33,7 @@ _UNSAID = {
     "projection": "learned",
 }
 """Options that files leave out at their defaults, as earlier versions did."""
-STORAGE_OPTIONS = tuple(_UNSAID)
+STORAGE_OPTIONS = ("precision", "quantization", "rounding", "quantization_step", "quantization_step_lr")
 """Options of every method that say how rows are stored and served."""
 
 
@@ -132,7 +132,7 @@ class MethodConfig(ABC):
 
     def rounded_at_export(self) -> Self:
         """The same tables, whose rows train unrounded."""
-        unsaid: dict[str, Any] = {name: default for name, default in _UNSAID.items() if name != "precision"}
+        unsaid: dict[str, Any] = {name: _UNSAID[name] for name in STORAGE_OPTIONS if name != "precision"}
         return replace(self, **unsaid)
 
     def _idle_faults(self) -> list[str]:

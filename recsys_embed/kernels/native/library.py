@@ -217,8 +217,7 @@ def library() -> Library | str:
     handle.rse_catch_up.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64]
     handle.rse_update_rows.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
     handle.rse_train.argtypes = [c_void_p, c_int64]
-    handle.rse_store_rows.argtypes = [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64]
-    handle.rse_train.restype = handle.rse_store_rows.restype = c_int
+    handle.rse_train.restype = c_int
     handle.rse_mask.argtypes = handle.rse_mask_backward.argtypes = [c_void_p, c_int64]
     handle.rse_forward.restype = handle.rse_backward.restype = handle.rse_catch_up.restype = c_int
     handle.rse_update_rows.restype = c_int
