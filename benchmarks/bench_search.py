@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import machine
+from benchmarks.resumed_rows import gains, resumed_row
 from recsys_embed.data import open_dataset
 from recsys_embed.errors import BudgetError
 from recsys_embed.plan import Plan
@@ -145,11 +145,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         if not good:
             lines.append(f"| {model} | {method} | infeasible | | | |")
             continue
-        gains = [r["test"]["auc"] - full[model, r["seed"]]["test"]["auc"] for r in good]
-        spread = f" ± {statistics.stdev(gains):.4f}" if len(gains) > 1 else ""
+        gain, spread = gains(good, full)
         cost = statistics.mean(r["seconds"] / full[model, r["seed"]]["seconds"] for r in good)
         size = statistics.mean(r["full_bytes"] / r["bytes"] for r in good)
-        auc, gain = statistics.mean(r["test"]["auc"] for r in good), statistics.mean(gains)
+        auc = statistics.mean(r["test"]["auc"] for r in good)
         lines.append(f"| {model} | {method} | {size:.1f}x | {auc:.4f} | {gain:+.4f}{spread} | {cost:.1f} |")
     return "\n".join(lines) + "\n"
 
@@ -166,19 +165,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     data, rows = open_dataset(args.data), []
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, run in cases(data, args.seeds, args.out, set(filter(None, args.only.split(",")))):
-        path = args.out / f"{name}.json"
-        if not path.exists():
-            begin = time.perf_counter()
-            model, method, seed = name.rsplit("-", 2)
-            row = {"model": model, "method": method, "seed": int(seed[1:]), **run()}
-            write_json(path, {**row, "seconds": time.perf_counter() - begin})
-        rows.append(json.loads(path.read_text()))
-        row = rows[-1]
-        print(
-            name, f"{row['test']['auc']:.4f}" if "test" in row else "infeasible", f"{row['seconds']:.0f} s", flush=True
-        )
+        model, method, seed = name.rsplit("-", 2)
+        rows.append(resumed_row(args.out, name, {"model": model, "method": method, "seed": int(seed[1:])}, run))
     if args.only:
         return
     write_json(args.results.with_suffix(".json"), {"benchmark": "search", "machine": machine(), "rows": rows})

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,13 +41,18 @@ FORMATS: dict[str, dict[str, str]] = {
     "int4 lsq": {"precision": "int4", "quantization": "lsq"},
     "int8 nearest": {"precision": "int8", "quantization": "lpt", "rounding": "nearest"},
     "int4 nearest": {"precision": "int4", "quantization": "lpt", "rounding": "nearest"},
+    "int8, state 8bit": {"precision": "int8", "quantization": "lpt"},
 }
+STATE = {"int8, state 8bit": "8bit"}
+"""Precision of the state of the update rule, by format; float32 for the others."""
 TIMED = ("fp32", "int8", "int4", "int8 alpt", "int4 alpt", "int4 lsq")
 
 
 def train(data: Path, model: str, method: str, format: str, seed: int, buckets: int) -> dict[str, Any]:
     """Test AUC, and bytes of weights and state while training, of one run."""
     options: dict[str, Any] = {f"method_args.{k}": v for k, v in FORMATS[format].items()}
+    if format in STATE:
+        options["embedding_optimizer_args.state_precision"] = STATE[format]
     if method == "unified":
         options["method_args.num_buckets"] = buckets
     settings = [f"--set={k}={v}" for k, v in {**RATES, **options}.items()]
@@ -60,14 +66,12 @@ def train(data: Path, model: str, method: str, format: str, seed: int, buckets: 
     return {"auc": result["test"]["auc"], "bytes": result.get("footprint", result.get("bytes"))}
 
 
-def runs(seeds: list[int]) -> Iterator[tuple[str, str, str, int]]:
+def runs(seeds: list[int], only: dict[str, list[str]]) -> Iterator[tuple[str, str, str, int]]:
     for seed in seeds:
-        for model in SETTINGS:
-            for method in ("full", "unified"):
-                for format, options in FORMATS.items():
-                    # The rows of `unified`, of 4 columns, have no step of their own.
-                    if method == "full" or options.get("quantization", "lpt") == "lpt":
-                        yield model, method, format, seed
+        for model, method, format in product(only["models"], only["methods"], only["formats"]):
+            # The rows of `unified`, of 4 columns, have no step of their own.
+            if method == "full" or FORMATS[format].get("quantization", "lpt") == "lpt":
+                yield model, method, format, seed
 
 
 def step_times(repeats: int = 15, steps: int = 20) -> dict[str, float]:
@@ -98,11 +102,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of recsys-embed data; without it, only steps are timed")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--models", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--methods", nargs="+", default=["full", "unified"])
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
+    parser.add_argument("--no-times", action="store_true", help="only train, on a machine that does other work too")
     parser.add_argument("--buckets", type=int, default=2846, help="rows of `unified`: those of the float32 plan at 20x")
     arguments = parser.parse_args()
     found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
-    found["step_time_over_fp32"] = step_times()
-    for model, method, format, seed in runs(arguments.seeds) if arguments.data else ():
+    if not arguments.no_times:
+        found["step_time_over_fp32"] = step_times()
+    for model, method, format, seed in runs(arguments.seeds, vars(arguments)) if arguments.data else ():
         key = f"{model}, {method}, {format}, seed {seed}"
         if key not in found["runs"]:
             found["runs"][key] = train(arguments.data, model, method, format, seed, arguments.buckets)
@@ -110,7 +119,7 @@ def main() -> None:
             arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found["step_time_over_fp32"]))
+    print(json.dumps(found.get("step_time_over_fp32")))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ in OUT, so a run that was stopped goes on. Metrics are those of the rows as they
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.measure import machine
+from benchmarks.resumed_rows import gains, resumed_row
 from recsys_embed.data import open_dataset
 from recsys_embed.errors import BudgetError
 from recsys_embed.train.config import TrainConfig, read_settings
@@ -91,11 +91,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         if not good:
             lines.append(f"| {model} | {what} | {budget} | infeasible | | | | |")
             continue
-        gains = [r["test"]["auc"] - full[model, r["seed"]]["test"]["auc"] for r in good]
-        spread = f" ± {statistics.stdev(gains):.4f}" if len(gains) > 1 else ""
+        mean, spread = gains(good, full)
         size = statistics.mean(r["full_bytes"] / r["bytes"] for r in good)
         auc = statistics.mean(r["test"]["auc"] for r in good)
-        gain = "" if what == "full" else f"{statistics.mean(gains):+.4f}{spread}"
+        gain = "" if what == "full" else f"{mean:+.4f}{spread}"
         chosen = ", ".join(f"{n} {name}" for name, n in sorted(good[0]["chosen"].items()))
         lines.append(f"| {model} | {what} | {budget} | {size:.1f}x | {auc:.4f} | {gain} | {len(good)} | {chosen} |")
     return "\n".join(lines) + "\n"
@@ -111,27 +110,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     data, rows = open_dataset(args.data), []
-    args.out.mkdir(parents=True, exist_ok=True)
     for model, what, ratio, seed, given in cases(args.seeds):
         name = "-".join(str(p).replace(" ", "_") for p in (model, what, ratio or "", f"s{seed}") if p != "")
-        path = args.out / f"{name}.json"
         if args.only and not any(text in name for text in args.only):
-            if not path.exists():
-                continue
-        elif not path.exists():
-            begin = time.perf_counter()
-            row = {
-                "model": model,
-                "what": what,
-                "ratio": ratio,
-                "seed": seed,
-                **trained(model, ratio, seed, given, data),
-            }
-            write_json(path, {**row, "seconds": time.perf_counter() - begin})
-        row = json.loads(path.read_text())
-        rows.append(row)
-        told = f"{row['test']['auc']:.4f}" if "test" in row else "infeasible"
-        print(name, told, row.get("bytes"), f"{row['seconds']:.0f} s", flush=True)
+            continue
+        facts = {"model": model, "what": what, "ratio": ratio, "seed": seed}
+        run = partial(trained, model, ratio, seed, given, data)
+        rows.append(resumed_row(args.out, name, facts, run))
     if args.only:
         return
     write_json(args.results.with_suffix(".json"), {"benchmark": "planned_bits", "machine": machine(), "rows": rows})

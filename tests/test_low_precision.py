@@ -152,7 +152,9 @@ def test_every_method_trains_resumes_and_exports_its_codes(method: Any, quantiza
     # Products of rows and slices of a GPU's order aside, bits agree; here all are sums in one order.
     first, last = (stored(c) for c in (built[0], built[-1]))
     differ = sum(int((a != b).sum()) for a, b in zip(first, last, strict=True))
-    assert quantization == "lsq" or differ <= 0.001 * sum(a.numel() for a in first) + 2
+    # Where a step is rounded to its other neighbour, all codes of its row are others.
+    share = {"lpt": 0.001, "alpt": 0.005, "lsq": 1.0}[quantization]
+    assert differ <= share * sum(a.numel() for a in first) + 2
     report = built[0].footprint()
     tables = sum(t.rows * t.training.row_bytes(t.width) for t in built[0].tables.values() if t.training)
     assert tables == sum(s.nbytes for s in first)
@@ -160,6 +162,15 @@ def test_every_method_trains_resumes_and_exports_its_codes(method: Any, quantiza
     again = EmbeddingCollection(schema, plan, RowwiseAdagrad(0.05), seed=1, backend=BACKENDS[0])
     again.load_state_dict(built[0].state_dict())
     assert all(torch.equal(a, b) for a, b in zip(stored(again), first, strict=True))
+    again.eval(), built[0].eval()
+    assert torch.equal(again(ids), built[0](ids))
+    # The next step is the same, of a run that goes on and of one that is resumed.
+    resumed = EmbeddingCollection(schema, plan, RowwiseAdagrad(0.05), backend=BACKENDS[0])
+    resumed.load_state_dict(built[0].state_dict())
+    whole = copy.deepcopy(built[0]).train()
+    for coll in (resumed, whole):
+        coll(ids).square().sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(stored(resumed), stored(whole), strict=True))
     file = rse.export(built[0].eval(), tmp_path / "m.rse")
     # What heads multiply by is served in fp16. Sums of `lsq`, which torch reads, have another order than the kernels'.
     near = 2e-3 if any(t.dense for t in built[0].tables.values()) else 1e-6 * (quantization == "lsq")
@@ -260,16 +271,25 @@ def test_drop_ins_train_by_torch_optimizers(method: str, quantization: str) -> N
             cls(500, 16, budget=60_000, **options)
         return
     emb = cls(500, 16, budget=60_000, **options)
-    optimizer = torch.optim.SGD(emb.parameters(), lr=0.1)
+    plain = cls(500, 16, config=emb.config.rounded_at_export(), init=options["init"])
+    with torch.no_grad():
+        for own, other in zip(plain.parameters(), emb.parameters(), strict=True):
+            own.copy_(other.to_dense() if isinstance(other, LowPrecisionTable) else other)
     ids, target = torch.arange(500), torch.randn(500, emb.output_dim) * 0.1
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = (emb(ids) - target).square().sum() / 2
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
+    ends = []
+    for module in (emb, plain):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        losses = []
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = (module(ids) - target).square().sum() / 2
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        ends.append(losses[-1])
+    assert ends[0] < losses[0]
+    # Float32 from the same weights gets no further than the rounding of what is read allows.
+    assert ends[0] <= 1.05 * ends[1] + 0.05 * losses[0], ends
     assert any(isinstance(p, LowPrecisionTable) for p in emb.parameters())
 
 

@@ -113,9 +113,14 @@ def test_what_is_assigned_is_rounded_to_nearest_and_nothing_else_moves() -> None
 def test_features_that_a_gpu_leaves_to_torch_are_told(monkeypatch: Any, caplog: Any) -> None:
     monkeypatch.setattr(dispatch, "choose", lambda *_: "triton")
     with caplog.at_level(logging.INFO):
-        coll = EmbeddingCollection(schema_of(100, 50), Plan.uniform(schema_of(100, 50), "full", **LPT))
-    assert coll.backend == "torch"
-    assert "low-precision rows runs on torch on a GPU" in caplog.text
+        made = [
+            EmbeddingCollection(
+                schema_of(100, 50), Plan.uniform(schema_of(100, 50), "full", **{**LPT, "quantization": quantization})
+            )
+            for quantization in ("lpt", "lsq")
+        ]
+    assert [coll.backend for coll in made] == ["triton", "torch"]
+    assert "rows are read rounded (`quantization='lsq'`) runs on torch on a GPU" in caplog.text
 
 
 def test_torchrec_serves_what_trained_in_few_bits(tmp_path: Any) -> None:

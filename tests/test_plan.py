@@ -74,7 +74,9 @@ def test_the_budget_bounds_what_is_allocated(data: st.DataObject) -> None:
     except BudgetError:
         return
     coll = EmbeddingCollection(schema, plan)
-    assert sum(p.nbytes for p in coll.parameters()) <= budget
+    assert coll.footprint().serve <= budget
+    if not get_method(method).config_cls.has_own_precisions:  # rows of such tiers train in float32
+        assert sum(p.nbytes for p in coll.parameters()) <= budget
 
 
 def test_raw_ids_have_plans_for_methods_that_take_them() -> None:

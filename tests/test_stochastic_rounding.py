@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from recsys_embed.core import stochastic_rounding as rounding
-from recsys_embed.core.precision import unpacked
-from recsys_embed.kernels import pointers
+from recsys_embed.core.precision import BITS
+from recsys_embed.core.row_format import TRAINED, RowFormat
+from recsys_embed.kernels.deferred_steps import StepLog
+from recsys_embed.kernels.low_precision_table import LowPrecisionTable
 from recsys_embed.kernels.native import library as native_library
+from recsys_embed.kernels.native.row_steps import update_rows
+from recsys_embed.optim import SGD
 
 N = 40_000
 NATIVE = not isinstance(native_library.library(), str)
-KINDS = {"fp16": 1, "bf16": 2, "int8": 7, "int4": 8}
 
 
 def words(rows: int = N, width: int = 4, seed: int = 7, step: int = 3) -> Tensor:
@@ -81,28 +84,24 @@ def test_halves_keep_what_is_exact_infinite_or_not_a_number() -> None:
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native kernels")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINED["lpt"])
 @pytest.mark.parametrize("width", [1, 3, 8, 16, 27, 64])
 @pytest.mark.parametrize("stochastic", [True, False])
 def test_native_rows_are_those_of_torch(kind: str, width: int, stochastic: bool) -> None:
     torch.manual_seed(width)
-    count, step, scale = 300, 11, 2.0**-7
+    count, step = 300, 11
     values = torch.randn(count, width) * torch.logspace(-9, 4, count).unsqueeze(1)
     values[0, 0], values[-1, -1] = 0.0, -1e9
     rows = torch.randperm(2 * count)[:count]
-    bits = {"int8": 8, "int4": 4}.get(kind)
-    stored_bytes = 2 * width if bits is None else -(-width * bits // 8)
-    table = torch.zeros(2 * count, stored_bytes, dtype=torch.uint8)
-    record = native_library.Stored(KINDS[kind], stored_bytes, -5, int(stochastic), scale)
-    native_library.loaded().handle.rse_store_rows(
-        pointers.of_record(record), values.data_ptr(), width, rows.data_ptr(), count, step, table.data_ptr(), 2
-    )
+    format = RowFormat(kind, 2.0**-7 if kind in BITS else 0.0, stochastic)
+    table = LowPrecisionTable.empty(2 * count, width, format, torch.device("cpu"), seed=-5)
+    table.fill_(0.0)
+    before = table.stored.clone()
+    # From rows of zeros a step of rate 1 by the negative values arrives at these.
+    rule, log = SGD(1.0), StepLog(step - 1)
+    log.advance(rule, 1.0)
+    update_rows(rule, table, {}, rows, -values, log)
     drawn = rounding.random_words(rows, width, -5, step) if stochastic else None
-    if bits is None:
-        dtype = torch.float16 if kind == "fp16" else torch.bfloat16
-        assert torch.equal(table[rows].view(dtype), rounding.round_to_halves(values, dtype, drawn))
-    else:
-        codes = rounding.round_to_codes(values, scale, bits, drawn)
-        assert torch.equal(unpacked(table[rows], bits)[:, :width], codes)
+    assert torch.equal(table.stored[rows], format.encode(values, drawn))
     untouched = torch.ones(2 * count, dtype=torch.bool).index_fill_(0, rows, False)
-    assert not table[untouched].any()
+    assert torch.equal(table.stored[untouched], before[untouched])

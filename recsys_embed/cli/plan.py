@@ -289,7 +289,8 @@ def _summary(features: Schema, made: Plan) -> str:
     if notes is None:
         return ""
     plain = notes.itemsize * sum(s.num_embeddings * s.embedding_dim for s in features.first_readers)
-    serve = made.footprint(features, itemsize=notes.itemsize).serve
+    whole = made.footprint(features, itemsize=notes.itemsize)
+    serve = whole.serve
     kind = "for training" if notes.target == "train" else "to serve"
     if notes.target == "train":
         kind += f" with {notes.optimizer or 'dense gradients'}"
@@ -306,6 +307,8 @@ def _summary(features: Schema, made: Plan) -> str:
         + ("options; a guess, since nothing was counted" if notes.statistics.startswith("a guess") else "options"),
         f"frequencies: {notes.statistics}",
     ]
+    if whole.unrounded and notes.target != "train":
+        lines.insert(1, f"{format_bytes(whole.train)} while rows train, before an export rounds them")
     if notes.left_out:
         lines.append(f"not in the plan nor its budget: {'; '.join(notes.left_out)}")
     lines += [f"warning: {text}" for text in notes.warnings]

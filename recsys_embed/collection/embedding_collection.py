@@ -117,16 +117,16 @@ class EmbeddingCollection(FusedTables):
             _say_what_torch_runs(plan.gathered(schema), backend if by_name else None)
         shapes, places = stack_tables(tables)
         formats = formats_of(tables, places)
-        if formats and by_name and backend == "triton":
-            raise BackendError(
-                "backend 'triton' does not step low-precision rows (`quantization` other than 'ptq'); use "
-                "backend 'auto', 'native' or 'torch'"
-            )
-        if formats and backend == "triton":
+        if backend == "triton" and any(f.has_master for f in formats.values()):
+            if by_name:
+                raise BackendError(
+                    "backend 'triton' does not read rows rounded (`quantization='lsq'`); use backend 'auto', 'native' "
+                    "or 'torch'"
+                )
             backend = "torch"
             dispatch.say_once(
-                "a collection with low-precision rows runs on torch on a GPU, all of its features; keep "
-                "features with quantization='ptq' in a collection of their own"
+                "a collection whose rows are read rounded (`quantization='lsq'`) runs on torch on a GPU, all of its "
+                "features; keep features of other quantization in a collection of their own"
             )
         super().__init__(shapes, optimizer, like.device, like.dtype, backend, formats, seed)
         self.schema, self.plan, self.seed, self.sparse = schema, plan, seed, sparse
@@ -433,7 +433,7 @@ class EmbeddingCollection(FusedTables):
                 held[place.storage].append(key)
         return {STORED_TABLES: held} if held else {}
 
-    def _without_tables_of_low_precision(self, where: str, identity: Any) -> Any:
+    def _without_tables_of_low_precision(self, where: str, identity: object) -> object:
         """A saved identity in its present form, once its low-precision rows are known to stand where they do here."""
         if not isinstance(identity, dict):
             return with_current_names(identity)

@@ -46,7 +46,8 @@ class HeadTables(Constants):
     """Heads of features by position in the schema.
 
     The parameters are modules of whoever owns the heads, so that they keep their names in its state dict: tables of one
-    shape and precision that stack are one parameter, features in schema order; others belong to their feature.
+    shape and precision that stack are one parameter, frozen ones apart, features in schema order; others belong to
+    their feature.
 
     Args:
         programs: of the features that have one, by name.
@@ -93,7 +94,8 @@ class HeadTables(Constants):
         for name, members in self.members.items():
             program = self.programs[schema.names[members[0]]]
             sizes = program.table(program.head.tables[0]).shape if program.head is not None else ()
-            stacked[name] = nn.Parameter(torch.empty(len(members), *sizes, **options))
+            frozen = program.table(program.head.tables[0]).frozen if program.head is not None else False
+            stacked[name] = nn.Parameter(torch.empty(len(members), *sizes, **options), requires_grad=not frozen)
         self._parts: dict[str, _Part] = {}
 
     def add(self, key: str, features: Sequence[int]) -> bool:
@@ -186,4 +188,5 @@ def _named(program: LookupProgram) -> str:
     """Name of the parameter in which the table of a head that stacks lies."""
     (name,) = () if program.head is None else program.head.tables
     table = program.table(name)
-    return "x".join(map(str, table.shape)) + ("" if table.precision == "fp32" else f"_{table.precision}")
+    precision = "" if table.precision == "fp32" else f"_{table.precision}"
+    return "x".join(map(str, table.shape)) + precision + ("_frozen" if table.frozen else "")

@@ -76,6 +76,10 @@ def extra_faults(old: nn.Module, new: nn.Module, where: str) -> Iterator[str]:
 def transfer_module_state(old: nn.Module, new: nn.Module) -> None:
     """Copy training mode, ``requires_grad``, hooks and added attributes from ``old`` to ``new``."""
     new.requires_grad_(any(p.requires_grad for p in old.parameters()))
+    if isinstance(new, CompressedEmbedding):
+        for table in new.program.tables:
+            if table.frozen:
+                new.table(table.name).requires_grad_(False)
     for part, names in _extras(old).items():
         for name in names:
             if part:

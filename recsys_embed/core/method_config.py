@@ -30,6 +30,7 @@ _UNSAID = {
     "rounding": "stochastic",
     "quantization_step": None,
     "quantization_step_lr": STEP_RATE,
+    "projection": "learned",
 }
 """Options that files leave out at their defaults, as earlier versions did."""
 STORAGE_OPTIONS = tuple(_UNSAID)
@@ -55,6 +56,8 @@ class MethodConfig(ABC):
         plannable: whether the planner, comparisons and studies may size the method. False for methods whose contents
             a search finds.
         has_own_precisions: whether options say the precision of each table, so that ``precision`` does not apply.
+        options_without_network: options that the planner gives it for features that no network reads beside many others
+            (:mod:`recsys_embed.planning.network_context`).
         renamed_options: present names of options by their names in earlier versions. The earlier ones are accepted
             with a DeprecationWarning, and silently when read from a file.
         renamed_values: the same for values of options, by the option's present name.
@@ -66,6 +69,7 @@ class MethodConfig(ABC):
     width_option: ClassVar[str | None] = None
     plannable: ClassVar[bool] = True
     has_own_precisions: ClassVar[bool] = False
+    options_without_network: ClassVar[Mapping[str, Option]] = {}
     renamed_options: ClassVar[Mapping[str, str]] = {}
     renamed_values: ClassVar[Mapping[str, Mapping[str, Option]]] = {}
 
@@ -354,10 +358,10 @@ class MethodConfig(ABC):
         self.__dict__.update(self.current_options(state, warn=False))
 
     def to_dict(self) -> JSON:
-        """JSON-ready: the method key and every field, without those of rounding where nothing is rounded."""
+        """JSON-ready: the method key and every field, without those that earlier versions lacked at their defaults."""
         values = {"method": self.method, **asdict(self)}
         for name, default in _UNSAID.items():
-            if values[name] == default:
+            if name in values and values[name] == default:
                 del values[name]
         return values
 

@@ -10,6 +10,7 @@ the minimum is rounded to fp16 first, the range is taken from there. Its tail la
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -153,7 +154,15 @@ def table_bytes(rows: int, width: int, precision: str) -> int:
     >>> [table_bytes(1000, 16, p) for p in ("fp32", "fp16", "fp8", "int8", "int4", "int2")]
     [64000, 32000, 18000, 20000, 12000, 8000]
     """
-    return Layout.of(width, precision, rows=rows).nbytes(rows)
+    block, size = _stored_row(width, precision, min(rows, _BLOCK))
+    return -(-rows // block) * size
+
+
+@cache
+def _stored_row(width: int, precision: str, rows: int) -> tuple[int, int]:
+    """Rows that share a stored row, and its bytes; kept, since planning asks for the same few by the ten thousand."""
+    layout = Layout.of(width, precision, rows=rows)
+    return layout.block, layout.row_bytes
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ class Initializer:
             return out.fill_(self.loc)
         if hasattr(out, "fill_from"):  # rows that train in few bits are written by pieces
             draws, width = _Elements(self.stream(out.numel(), seed)), out.shape[1]
-            out.fill_from(lambda _, count: draws.next(count * width).view(count, width), stochastic=True)
+            out.fill_from(lambda _, count: draws.next(count * width).view(count, width), seed=seed)
             return out
         held, at = held_part(out)
         flat = held.view(-1)
@@ -110,6 +110,31 @@ class Initializer:
             else:
                 draw.normal_(0.0, self.scale, generator=generator)
             yield draw.add_(self.loc) if self.loc else draw
+
+
+@dataclass(frozen=True)
+class LeadingColumns(Initializer):
+    """A projection that keeps what it projects: element i of each block's rows becomes column i, the others are zero.
+
+    Blocks of several widths so start in one subspace.
+
+    Args:
+        blocks: rows of each block, one block after another.
+
+    >>> LeadingColumns("constant", blocks=(2, 1)).fill_(torch.empty(3, 4), seed=0)
+    tensor([[1., 0., 0., 0.],
+            [0., 1., 0., 0.],
+            [1., 0., 0., 0.]])
+    """
+
+    blocks: tuple[int, ...] = ()
+
+    def fill_(self, out: Tensor, seed: int) -> Tensor:
+        """Fill ``out`` in place, whatever the seed."""
+        if not out.is_meta:
+            columns = torch.cat([torch.arange(rows) for rows in self.blocks]).to(out.device)
+            out.zero_().scatter_(1, columns.unsqueeze(1), 1.0)
+        return out
 
 
 class _Elements:
@@ -149,8 +174,9 @@ class Table:
     """A physical table ``[rows, width]``.
 
     ``shared``: programs of several features that name the same table share its rows. A ``dense`` table is a parameter
-    of a head and is never read by row; its rows may be tensors of shape ``inner``. ``precision`` is that of its numbers
-    once they are served; ``training`` how its rows are stored while they train, None: as floats.
+    of a head and is never read by row; its rows may be tensors of shape ``inner``. A ``frozen`` one is
+    not trained: it keeps the values that it starts with or is fitted to. ``precision`` is that of its numbers once they
+    are served; ``training`` how its rows are stored while they train, None: as floats.
     """
 
     name: str
@@ -159,6 +185,7 @@ class Table:
     init: Initializer
     shared: bool = False
     dense: bool = False
+    frozen: bool = False
     inner: tuple[int, ...] | None = None
     precision: str = "fp32"
     training: RowFormat | None = None
@@ -168,17 +195,21 @@ class Table:
         """Number of its elements."""
         return self.rows * self.width
 
-    def nbytes(self, itemsize: int = 4) -> int:
+    def nbytes(self, itemsize: int = 4, precision: str | None = None) -> int:
         """Bytes of the table once served, where an element that is not rounded takes ``itemsize``.
+
+        Args:
+            precision: another than the table's.
 
         >>> Table("w", 1000, 16, Initializer("constant"), precision="int4").nbytes()
         12000
         """
-        if self.precision == "fp32":
+        precision = precision or self.precision
+        if precision == "fp32":
             return itemsize * self.elements
         if self.dense:
-            return min(itemsize * self.elements, matrix_bytes(self.elements, self.precision))
-        return table_bytes(self.rows, self.width, self.precision)
+            return min(itemsize * self.elements, matrix_bytes(self.elements, precision))
+        return table_bytes(self.rows, self.width, precision)
 
     def trained_bytes(self, itemsize: int = 4) -> int:
         """Bytes of the table while it trains."""
@@ -303,7 +334,8 @@ class LookupProgram:
         """Key of the head: heads of equal keys, on columns of equal width, can run as one operation."""
         if self.head is None:
             return None
-        return (self.head, *((shape, self.table(name).precision) for name, shape in self.head_shapes.items()))
+        tables = {name: self.table(name) for name in self.head_shapes}
+        return (self.head, *((shape, tables[n].precision, tables[n].frozen) for n, shape in self.head_shapes.items()))
 
     @property
     def of_one_id(self) -> LookupProgram:
@@ -323,9 +355,9 @@ class LookupProgram:
 
     def at_precision(self, precision: str) -> LookupProgram:
         """The same program with all rows served at a precision, and what heads multiply by at 16 bits."""
-        if precision == "fp32":
+        if precision == "fp32" and all(t.precision == precision for t in self.tables):
             return self
-        of_heads = "bf16" if precision == "bf16" else "fp16"
+        of_heads = precision if precision in ("fp32", "bf16") else "fp16"
         return replace(
             self, tables=tuple(replace(t, precision=of_heads if t.dense else precision) for t in self.tables)
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +139,8 @@ class CompressedEmbedding(ModuleTables):
                 self.register_parameter(table.name, shared.take(table, f"{type(self).__name__} {name!r}"))
                 continue
             where = None if device is None else torch.device(device)
-            self.register_parameter(table.name, nn.Parameter(new_table(table, self.config.seed, where, dtype)))
+            values = new_table(table, self.config.seed, where, dtype)
+            self.register_parameter(table.name, nn.Parameter(values, requires_grad=not table.frozen))
         places = {t.name: Place(t.name, 0) for t in self.program.tables}
         with torch.device(self._device()):
             self.unseen = UnseenIds([self.spec], [self.config.accepts_raw])
@@ -433,7 +434,7 @@ class CompressedEmbedding(ModuleTables):
         return module
 
     @staticmethod
-    def _fit_codes(weight: Tensor, options: dict[str, Any]) -> None:
+    def _fit_codes(weight: Tensor, options: dict[str, Option]) -> None:
         """Let the codes of low-precision rows span a trained table, unless ``options`` say how they start.
 
         The initial weights decide it: four of their standard deviations, see :attr:`Initializer.reach`.

@@ -34,6 +34,7 @@ from recsys_embed.kernels.row_cache import RowCaches
 from recsys_embed.kernels.stored_tables import StoredTables
 from recsys_embed.kernels.unseen_ids import with_unseen
 from recsys_embed.kernels.vectorised import VectorisedLookup
+from recsys_embed.utils.types import JSON
 
 # States load across unseen-id policies that store the same rows: the policy may differ at serving time.
 STORED_UNSEEN = {"unseen": lambda policy: policy == "oov"}
@@ -56,7 +57,7 @@ def _check_identity(
     _state.check(saved, own, where, ("init", "pooling", *STORED_NUMBERS), STORED_UNSEEN, upgrade)
 
 
-def _row_format(identity: dict[str, Any]) -> dict[str, Any]:
+def _row_format(identity: JSON) -> JSON:
     """What an identity says of how rows are stored."""
     config = identity.get("config", {})
     return {k: config.get(k) for k in ("method", "precision", "quantization")}

@@ -213,17 +213,18 @@ class LowPrecisionTable(WrapperTensor):
         """Write distinct rows, rounded to nearest."""
         self.stored.index_copy_(0, rows, self.format.encode(values.float()))
 
-    def fill_from(self, pieces: Callable[[int, int], Tensor], stochastic: bool = False) -> None:
+    def fill_from(self, pieces: Callable[[int, int], Tensor], seed: int | None = None) -> None:
         """Write all rows, rounded to nearest.
 
         Args:
             pieces: from a first row and a number of rows to values ``[n, width]``; asked for in the order of rows.
-            stochastic: round stochastically, for initial weights that are smaller than a step.
+            seed: of random bits for initial weights, which may be smaller than a step; drop-ins and collections give
+                the same, wherever the rows are stored.
         """
         for start, stored in self.pieces():
             values = pieces(start, len(stored)).float().to(stored.device)
             rows = torch.arange(start, start + len(stored), device=stored.device)
-            words = random_words(rows, self.shape[1], self.seed, 0) if stochastic else None
+            words = None if seed is None else random_words(rows, self.shape[1], seed, 0)
             stored.copy_(self.format.encode(values, words))
 
     # -- copies ---------------------------------------------------------------------------------------------------

@@ -65,6 +65,8 @@ def too_many_columns(parts: Sequence[Part]) -> bool:
 
 
 N = TypeVar("N", int, Tensor)
+_STORED = 7
+"""Place of :attr:`_Integers.stored`."""
 
 
 class _Integers(NamedTuple, Generic[N]):
@@ -144,9 +146,12 @@ class Stored(Constants):
         self._whole = all(p.columns is None for p in self.parts)
         # Stored rows of one size that hold one table row each are read whole, others element by element.
         self._uniform = self._kind if self._whole and len(layouts) == 1 and self._kind.block == 1 else None
-        # Rows of whole bytes that share a scale.
+        # Rows that share a scale, of whole bytes or of one number.
         grouped = self._whole and len(layouts) == 1 and self._kind.block > 1
-        self._grouped = self._kind if grouped and self._kind.width * (self._kind.bits or 8) % 8 == 0 else None
+        simple = self._kind.width == 1 or self._kind.width * (self._kind.bits or 8) % 8 == 0
+        self._grouped = self._kind if grouped and simple else None
+        # Where tables end with full groups, rows of all are grouped as those of one.
+        self._aligned = all(p.rows % self._kind.block == 0 for p in self.parts[:-1])
         self._reader = None if self._uniform is None else fbgemm.reader(self._uniform, backend)
         self._pruned = any(p.form != "all" for p in self.parts)
         # The native kernels tell kinds by the bytes of a row, which several kinds of narrow rows with scales share.
@@ -209,6 +214,8 @@ class Stored(Constants):
             rows = rows.clamp_min(0)
         if self._uniform is not None and not self._pruned:
             return self._whole_rows(rows).to(self.dtype)
+        if self._grouped is not None and not self._pruned:
+            return self._grouped_rows(self._grouped, *self._groups(self._grouped.block, rows)).to(self.dtype)
         reader = self._reader_of(rows)
         if self.places is not None and reader is not None:
             return reader.remapped(self.data, rows, self.places).to(self.dtype)
@@ -217,7 +224,7 @@ class Stored(Constants):
         if self._uniform is not None:
             out = self._whole_rows(pos + n.stored)
         else:
-            out = self._scattered(pos, n) if self._grouped is None else self._grouped_rows(self._grouped, pos, n)
+            out = self._scattered(pos, n)
         if self._pruned:
             out = out.masked_fill((place < 0).unsqueeze(1), 0.0)
         return out.to(self.dtype)
@@ -264,20 +271,49 @@ class Stored(Constants):
                 place = torch.where(n.form == code, found, place)
         return place, n
 
-    def _grouped_rows(self, layout: Layout, pos: Tensor, n: _Integers[Tensor]) -> Tensor:
-        """Vectors of stored rows ``pos [n]`` if parts have one layout, in which rows of whole bytes share a scale."""
-        group = torch.div(pos, layout.block, rounding_mode="floor") + n.stored
-        stored = self.data.view(-1, layout.items)
-        size = layout.width * (layout.bits or 8) // 8
-        whole = not any(number % 4 for number in (layout.head, layout.items, size))
-        if whole and not torch.compiler.is_compiling() and self.data.storage_offset() % 4 == 0:
-            # Fewer elements are copied in less time.
-            parts, head = stored.view(torch.int32), layout.head // 4
+    def _groups(self, block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The stored row of each row, and its number among those that share it."""
+        local, first = rows, None
+        if not self._aligned:
+            starts = self.constant("starts", rows)
+            part = torch.bucketize(rows, starts[1:-1], right=True)
+            local, first = rows - starts[part], self.constant("integers", rows)[:, _STORED][part]
+        if block & (block - 1):
+            group = torch.div(local, block, rounding_mode="floor")
+            number = local - group * block
         else:
-            parts, head = stored, layout.head
-        numbers = parts[:, head:].unflatten(1, (layout.block, -1))[group, pos % layout.block]
-        rows = torch.cat([parts[:, :head].contiguous().index_select(0, group), numbers], 1)
-        return Layout(layout.kind, layout.width).decode(rows.view(torch.uint8) if parts is not stored else rows)
+            group, number = local >> (block.bit_length() - 1), local & (block - 1)
+        return group if first is None else group + first, number
+
+    def _grouped_rows(self, layout: Layout, group: Tensor, number: Tensor) -> Tensor:
+        """Vectors of rows that share a scale, by their stored row and their number in it."""
+        stored, bits, flat = self.data.view(-1, layout.items), layout.bits or 8, self.data.view(-1)
+        whole = layout.head == HEAD and layout.items % HEAD == 0
+        wide = whole and not torch.compiler.is_compiling() and self.data.storage_offset() % HEAD == 0
+        # Fewer elements are copied in less time.
+        parts, size = (stored.view(torch.int32), HEAD) if wide else (stored, 1)
+        if wide:
+            head = parts[:, 0].contiguous().index_select(0, group).unsqueeze(1)
+        else:
+            head = stored[:, : layout.head].contiguous().index_select(0, group)
+        if layout.width == 1:
+            per = 8 // bits
+            at = group * layout.items + layout.head
+            if per == 1:
+                code = flat.index_select(0, at + number)
+            else:
+                code = flat.index_select(0, at + (number >> (per.bit_length() - 1)))
+                code = (code >> ((number & (per - 1)) * bits).to(torch.uint8)) & ((1 << bits) - 1)
+            if wide:
+                line = head.view(torch.float16).float()
+                return torch.addcmul(line[:, 1], code.float(), line[:, 0]).unsqueeze(1)
+            kind = layout.kind if layout.bits is None else "int8"  # one code to a byte now
+            return Layout(kind, 1).decode(torch.cat([head, code.unsqueeze(1)], 1))
+        if wide and layout.width * bits // 8 % HEAD:
+            parts, size, head = stored, 1, head.view(torch.uint8)
+        codes = parts[:, layout.head // size :].unflatten(1, (layout.block, -1))
+        found = torch.cat([head, codes[group, number]], 1)
+        return Layout(layout.kind, layout.width).decode(found.view(torch.uint8))
 
     def _scattered(self, pos: Tensor, n: _Integers[Tensor]) -> Tensor:
         """Vectors of stored rows ``pos [n]`` if parts differ in width or several table rows share a stored row."""

@@ -13,12 +13,21 @@ from torch import Tensor
 from recsys_embed.core.heads import Projection
 from recsys_embed.core.id_sets import IdSet
 from recsys_embed.core.method_config import MethodConfig, param
-from recsys_embed.core.program import Initializer, LookupProgram, MixedRadixDigit, RankInSet, RowLookup, Table
+from recsys_embed.core.program import (
+    Initializer,
+    LeadingColumns,
+    LookupProgram,
+    MixedRadixDigit,
+    RankInSet,
+    RowLookup,
+    Table,
+)
 from recsys_embed.embedding import CompressedEmbedding
 from recsys_embed.embedding.fit import importance_of, principal_axes
 from recsys_embed.errors import ConfigError, raise_faults, unknown_name
 from recsys_embed.features import FeatureSpec
 from recsys_embed.method_parts.width_rule import Rounding, WidthGrowth, WidthRule, alpha_fault, block_faults
+from recsys_embed.utils.types import Option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,9 @@ class MixeddimConfig(MethodConfig):
     **Initial rows** (``initializer``): ``"plain"`` gives outputs a full table's variance, ``"xavier"`` is the
     authors' (Glorot and Bengio 2010, for rows and matrix), which makes rows of large tables very small.
 
+    **A frozen matrix** (``projection="frozen"``) is not trained and starts with the columns of each block as the first
+    ones of the vector, as if rows were padded with zeros; see :class:`LowdimConfig` for when it pays.
+
     Pitfalls: at least one element per id is stored. Rounding to powers of two wastes a budget: the steps are large.
 
     >>> MixeddimConfig(dims=(4,)).footprint(FeatureSpec("C1", 1000, 16)).serve
@@ -52,11 +64,13 @@ class MixeddimConfig(MethodConfig):
     method: ClassVar[str] = "mixeddim"
     order_option: ClassVar[str | None] = "order"
     renamed_options: ClassVar[Mapping[str, str]] = {"law": "initializer"}
+    options_without_network: ClassVar[Mapping[str, Option]] = {"projection": "frozen"}
 
     dims: tuple[int, ...] = param(MISSING, "widths of the blocks' rows, falling")
     blocks: tuple[int, ...] | None = param(None, "ids of each block but the last, most frequent first")
     order: Literal["ids", "counts"] = param("ids", "'ids' fall in frequency, or `assign_(counts)` orders them")
     initializer: Literal["plain", "xavier"] = param("plain", "distribution of initial rows and matrix")
+    projection: Literal["learned", "frozen"] = param("learned", "whether training changes the matrix")
 
     @property
     def _starts(self) -> list[int]:
@@ -90,12 +104,16 @@ class MixeddimConfig(MethodConfig):
             row_lookups.append(RowLookup(name, rows, column=sum(self.dims[:b])))
         if narrow:
             spread = (6 / (narrow[0] + width)) ** 0.5 if self.initializer == "xavier" else (3 / narrow[0]) ** 0.5
-            tables.append(Table("projection", sum(narrow), width, Initializer("uniform", spread), dense=True))
+            frozen = self.projection == "frozen"
+            init = LeadingColumns("constant", blocks=tuple(narrow)) if frozen else Initializer("uniform", spread)
+            tables.append(Table("projection", sum(narrow), width, init, dense=True, frozen=frozen))
         return LookupProgram(tuple(tables), tuple(row_lookups), head=Projection("projection") if narrow else None)
 
     def _initializer(self, spec: FeatureSpec, rows: int, dim: int, widest: int) -> Initializer:
         """Initializer of a block; scaled so that narrower blocks have the variance of the widest projected one."""
         whole = spec.embedding_dim
+        if self.projection == "frozen" and dim < whole:
+            return Initializer.plain(spec)
         if self.initializer == "xavier":
             gain = (widest + whole) / (dim + whole) if dim < whole else 1.0
             return Initializer("uniform", (6 / (rows + dim) * gain) ** 0.5)

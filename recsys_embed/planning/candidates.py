@@ -43,11 +43,22 @@ class Candidate:
     def name(self) -> str:
         return self.info.name
 
-    def variants(self, spec: FeatureSpec, curve: FrequencyCurve) -> list[Candidate]:
-        """The method with each set of options worth trying, see :meth:`MethodConfig.planning_variants`."""
+    def variants(
+        self, spec: FeatureSpec, curve: FrequencyCurve, without_network: bool, several: bool = True
+    ) -> list[Candidate]:
+        """The method with each set of options worth trying, see :meth:`MethodConfig.planning_variants`.
+
+        Args:
+            without_network: no network reads the feature beside many others.
+            several: False for the default options alone.
+        """
         if self.params is not None:
             return [self]
-        variants = self.info.config_cls.planning_variants(spec, curve)
+        cls = self.info.config_cls
+        always = cls.options_without_network if without_network else {}
+        if not several:
+            return [replace(self, params=dict(always))] if always else [self]
+        variants = [{**always, **params} for params in cls.planning_variants(spec, curve)]
         if self.menu:
             variants = [v for v in variants if set(v["precisions"]) <= {*self.menu, "dropped"}]
         return [replace(self, params=dict(params)) for params in variants]

@@ -31,6 +31,8 @@ class Costs:
         if not self.train:
             return table.nbytes(self.itemsize)
         weights = table.trained_bytes(self.itemsize)
+        if table.frozen:
+            return weights
         if self.optimizer is None or table.dense:
             return weights + self.itemsize * table.elements  # a gradient of every number
         return weights + self.optimizer.state_bytes(table.rows, table.width)
@@ -43,6 +45,15 @@ class Costs:
         index = sum(i.nbytes for i in program.indexes)
         return index + sum(self.table(t) for t in program.tables if not t.shared)
 
+    def own_at(self, precision: str, cost: int, config: MethodConfig, program: LookupProgram, spec: FeatureSpec) -> int:
+        """As :meth:`own` of ``config``, whose ``program`` takes ``cost`` bytes at fp32, at another precision."""
+        if config.computes:
+            return self.own(config, program, spec)
+        if self.train:
+            return cost
+        size = self.itemsize
+        return cost + sum(t.nbytes(size, precision) - t.nbytes(size) for t in program.tables if not t.shared)
+
     def plan(self, plan: Plan, schema: Schema) -> int:
         """Bytes of all features together, shared tables once."""
         parts = plan.footprint(schema, self.optimizer if self.train else None, self.itemsize)
@@ -52,5 +63,5 @@ class Costs:
         computed = sum(
             plan[s.name].footprint(s, self.itemsize).weights for s in schema.first_readers if s.name not in gathered
         )
-        tables = [t for t in plan.tables(schema).values() if t.dense or self.optimizer is None]
+        tables = [t for t in plan.tables(schema).values() if (t.dense or self.optimizer is None) and not t.frozen]
         return parts.train + computed + sum(self.itemsize * t.elements for t in tables)

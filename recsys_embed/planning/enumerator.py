@@ -120,6 +120,8 @@ class OptionEnumerator:
         used = {resizable.name for resizable, _ in found} | {j.candidate.name for j in feature.shared if j.candidate}
         feature.refused = {name: why for name, why in feature.refused.items() if name not in used}
         self._refine(feature, found)
+        for resizable, _ in found:
+            resizable.found.clear()
 
     def _variants(
         self, feature: FeatureOptions, candidate: Candidate, unordered: str | None
@@ -134,7 +136,7 @@ class OptionEnumerator:
                 one = ResizableMethod(rounded, spec, terms, costs, resizable)
                 yield one, {size: one.rounded(at) for size, at in kept.items()}
             return
-        variants = candidate.variants(spec, terms.curve) if self.context.variants else [candidate]
+        variants = candidate.variants(spec, terms.curve, terms.without_network, self.context.variants)
         if candidate.params is None and spec.name in self.context.equal_row_widths:
             variants = [v for v in variants if not self._mixes_widths(v, feature)]
             if not variants:

@@ -91,6 +91,8 @@ class ResizableMethod:
         self.params = params_of(candidate, terms.curve.ranked)
         self._other = other
         self._checked = False
+        # Sizes that other precisions asked for too, as long as options are enumerated.
+        self.found: dict[int, SizedMethod] = {}
 
     @property
     def name(self) -> str:
@@ -107,7 +109,12 @@ class ResizableMethod:
             ConfigError: it does not suit the feature.
         """
         if self._other is not None:
-            return self.rounded(self._other.at(size))
+            others = self._other.found
+            if size not in others:
+                others[size] = self._other.at(size)
+            return self.rounded(others[size])
+        if size in self.found:
+            return self.found[size]
         config = self.cls.sized(self.spec, size, **self.params)
         # Checking every size would take half of the time; the chosen configurations are checked with the plan.
         program = config.unchecked_program(self.spec) if self._checked else config.program(self.spec)
@@ -127,14 +134,16 @@ class ResizableMethod:
         if not self._checked:
             raise_faults(config.check(self.spec), f"{type(config).__name__}, feature {self.spec.name!r}")
             self._checked = True
-        program = found.program.at_precision(precision)
-        kept = {signal_kept(t, self.terms.without_network) for t in program.tables if not t.dense}
+        # Its program stays as it was found: limits look at rows and widths alone.
+        program, without_network = found.program, self.terms.without_network
+        kept = {signal_kept(t, without_network, precision) for t in program.tables if not t.dense}
         if len(kept) == 1 and len(found.spans) == len(program.row_lookups):
             share = kept.pop()
             spans = [f._replace(rounded=share) for f in found.spans]
         else:
-            spans = column_spans(program, self.terms)
-        return SizedMethod(found.size, config, program, spans, self.costs.own(config, program, self.spec))
+            spans = column_spans(program.at_precision(precision), self.terms)
+        cost = self.costs.own_at(precision, found.cost, config, program, self.spec)
+        return SizedMethod(found.size, config, program, spans, cost)
 
     def fitting(self, low: int, high: int, available: int) -> SizedMethod:
         """The largest size in ``[low, high]`` whose bytes are at most ``available``, or ``low``.

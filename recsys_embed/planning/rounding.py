@@ -48,21 +48,27 @@ def rounding_error(precision: str, columns: int) -> float:
     return float(np.interp(np.log2(columns), np.log2(COLUMNS), ERRORS[precision]))
 
 
-def signal_kept(table: Table, without_network: bool = False) -> float:
+def signal_kept(table: Table, without_network: bool = False, precision: str | None = None) -> float:
     """Share of the signal that the rows of a table keep at its precision.
 
     Args:
         without_network: no network reads the rows beside many others.
+        precision: another than the table's.
 
     >>> from recsys_embed.core.program import Initializer
     >>> signal_kept(Table("w", 1000, 16, Initializer("constant"), precision="int4"))
     0.999125
     """
-    if table.precision == "fp32":
-        return 1.0
-    layout = Layout.of(table.width, table.precision, rows=table.rows)
     lost = LOST_PER_ERROR_WITHOUT_NETWORK if without_network else LOST_PER_ERROR
-    return 1.0 - lost * rounding_error(layout.kind, layout.block * layout.width)
+    return 1.0 - lost * _error(table.width, precision or table.precision, min(table.rows, COLUMNS[-1]))
+
+
+@cache
+def _error(width: int, precision: str, rows: int) -> float:
+    if precision == "fp32":
+        return 0.0
+    layout = Layout.of(width, precision, rows=rows)
+    return rounding_error(layout.kind, layout.block * layout.width)
 
 
 def tiers_can_pay(menu: Iterable[str], width: int, without_network: bool) -> bool:

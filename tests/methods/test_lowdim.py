@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys_embed import EmbeddingCollection, FeatureSpec, LowdimConfig, LowdimEmbedding, Plan, Schema
+import recsys_embed as rse
+from recsys_embed import EmbeddingCollection, FeatureSpec, LowdimConfig, LowdimEmbedding, MixeddimConfig, Plan, Schema
 from recsys_embed.errors import BudgetError, ConfigError
 from recsys_embed.optim import SGD, unfused_parameters
 
@@ -110,3 +113,56 @@ def test_in_a_fused_collection_tables_update_in_backward_and_projections_have_gr
     heads = unfused_parameters(coll)
     assert heads
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in heads)
+
+
+FROZEN = (LowdimConfig(dim=3, projection="frozen"), MixeddimConfig(dims=(3, 2), blocks=(5,), projection="frozen"))
+
+
+@pytest.mark.parametrize("config", FROZEN, ids=lambda c: c.method)
+def test_a_frozen_projection_starts_as_zero_padding_and_stays(config: LowdimConfig | MixeddimConfig) -> None:
+    """As a plain table of the width would train, here by a dot product of two towers, in torch."""
+    emb = rse.make_embedding(config.method, 20, 6, config=config)
+    rows = {t.name: emb.table(t.name) for t in emb.program.tables if not t.dense}
+    padded = torch.cat([torch.nn.functional.pad(r, (0, 6 - r.shape[1])) for r in rows.values()]).detach().clone()
+    plain, mask, ids = torch.nn.Parameter(padded), padded != 0, torch.tensor([0, 4, 5, 19, 4])
+    torch.testing.assert_close(emb(ids), plain[ids])
+    optimizers = [torch.optim.SGD(p, 0.5, weight_decay=0.1) for p in (list(emb.parameters()), [plain])]
+    for _ in range(3):
+        for optimizer, vectors in zip(optimizers, (emb(ids), (plain * mask)[ids]), strict=True):
+            optimizer.zero_grad()
+            (vectors[:2] * vectors[2:4]).sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(emb(ids), plain[ids])
+
+
+@pytest.mark.parametrize("optimizer", [None, SGD(lr=0.1)], ids=["torch", "fused"])
+@pytest.mark.parametrize("config", FROZEN, ids=lambda c: c.method)
+def test_collections_keep_frozen_and_learned_projections_apart(
+    config: LowdimConfig | MixeddimConfig, optimizer: SGD | None, tmp_path: Path
+) -> None:
+    schema = Schema([FeatureSpec("a", 20, 6), FeatureSpec("b", 20, 6), FeatureSpec("c", 20, 6)])
+    coll = EmbeddingCollection(schema, Plan({"a": config, "b": LowdimConfig(dim=3), "c": config}), optimizer)
+    ids = torch.tensor([[0, 4, 19], [7, 7, 3]])
+    before = {n: coll.bundle.dense_tables()[f"{n}.projection"].clone() for n in schema.names}
+    for name in "ac":
+        columns = torch.cat([torch.arange(d) for d in getattr(config, "dims", (3,))])
+        assert torch.equal(before[name], torch.eye(6)[columns])
+    coll(ids).square().sum().backward()
+    torch.optim.SGD([p for p in coll.parameters() if p.grad is not None], 0.1, weight_decay=0.1).step()
+    for name in schema.names:
+        assert torch.equal(coll.bundle.dense_tables()[f"{name}.projection"], before[name]) == (name != "b")
+    assert EmbeddingCollection(schema, coll.plan).load_state_dict(coll.state_dict())
+    rse.export(coll, tmp_path / "coll")
+    torch.testing.assert_close(rse.load(tmp_path / "coll")(ids), coll(ids))
+
+
+def test_compressed_models_train_rows_but_no_frozen_projection() -> None:
+    model = torch.nn.ModuleDict({"user": torch.nn.Embedding(200, 16), "item": torch.nn.Embedding(300, 16)})
+    weights = {n: m.weight.detach().clone() for n, m in model.items()}
+    rse.compress_(model, Plan(dict.fromkeys(model, LowdimConfig(dim=12, projection="frozen"))))
+    for name, emb in model.items():
+        assert emb.table("weight").requires_grad
+        assert not emb.table("projection").requires_grad
+        # Fitted as a learned one is: the best approximation of rank 12.
+        best = torch.linalg.svdvals(weights[name])[12:].square().sum()
+        torch.testing.assert_close((emb.materialize() - weights[name]).square().sum(), best, rtol=1e-3, atol=0.0)

@@ -232,3 +232,14 @@ def test_the_command_says_what_ids_lose_that_share_rows_without_a_network(
     text = " ".join(capsys.readouterr().out.split())
     assert "more where ids share rows that no network tells apart" in text
     assert "a guess, since nothing was counted" in text
+
+
+def test_bytes_to_train_are_told_beside_those_to_serve(schema_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["plan", "--schema", str(schema_file), "--budget", "900KiB"]
+    assert main([*args, "--precision", "int8"]) == 0
+    parts = plan_for_budget(SCHEMA, "900KiB", precision="int8").footprint(SCHEMA)
+    assert parts.serve < parts.train
+    told = f"{format_bytes(parts.train)} while rows train, before an export rounds them"
+    assert told in capsys.readouterr().out
+    assert main(args) == 0
+    assert "while rows train" not in capsys.readouterr().out

@@ -170,9 +170,11 @@ def test_ties_between_features_are_broken_by_name_and_not_by_place() -> None:
     assert plans[0] == plans[1] == plans[2]
 
 
-def test_projections_have_gradients_while_training() -> None:
+@pytest.mark.parametrize(("network", "held"), [(True, 2), (False, 1)])
+def test_learned_projections_have_gradients_while_training(network: bool, held: int) -> None:
     schema = Schema([FeatureSpec("C1", 20, 64)])
-    plan = plan_for_budget(schema, 4 * 5 * (20 + 2 * 64), "train", ["lowdim"], "sgd", full_below=0)
+    budget = 4 * 5 * (20 + held * 64)
+    plan = plan_for_budget(schema, budget, "train", ["lowdim"], "sgd", network=network, full_below=0)
     assert plan["C1"].dim == 5  # type: ignore[attr-defined]
 
 

@@ -15,10 +15,13 @@ import recsys_embed as rse
 from recsys_embed import FeatureSpec, Plan, Schema, plan_for_budget
 from recsys_embed.core.precision import SEARCHES, Layout, Precision
 from recsys_embed.errors import BudgetError, ConfigError
+from recsys_embed.planning.candidates import Candidate
+from recsys_embed.planning.costs import Costs
 from recsys_embed.planning.curves import FrequencyCurve
-from recsys_embed.planning.loss_estimate import CurveTerms, column_spans
+from recsys_embed.planning.loss_estimate import CurveTerms, column_spans, estimate_loss
+from recsys_embed.planning.options import ResizableMethod
 from recsys_embed.planning.rounding import AUTO, COLUMNS, ERRORS
-from recsys_embed.registry import get_method
+from recsys_embed.registry import MethodInfo, get_method, list_methods
 from recsys_embed.train.config import TrainConfig
 from recsys_embed.train.plans import plans_for
 from tests.tiers import slow_but
@@ -169,3 +172,26 @@ def test_a_run_is_measured_as_it_is_served(tmp_path: Path) -> None:
     assert unrounded is not None
     assert found.result.test.auc == pytest.approx(served.auc, abs=1e-9)  # type: ignore[union-attr]
     assert found.result.test.auc != unrounded.auc  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "info",
+    [m for m in list_methods() if m.config_cls.plannable and not m.config_cls.has_own_precisions],
+    ids=lambda m: m.name,
+)
+def test_what_is_found_at_one_precision_is_what_another_would_find(info: MethodInfo) -> None:
+    spec, terms, costs = FeatureSpec("a", 900, 16), CurveTerms(FrequencyCurve.zipf(900)), Costs(None, False)
+
+    def resizable(precision: Precision, other: ResizableMethod | None = None) -> ResizableMethod:
+        return ResizableMethod(Candidate(info, None, precision), spec, terms, costs, other)
+
+    for first, second in (("fp32", "int4"), ("int8", "fp32")):
+        alone, found = resizable(second), resizable(second, resizable(first))
+        if resizable("fp32").at(1).config.computes:
+            with pytest.raises(ConfigError, match="these are computed"):
+                resizable("int4", resizable("fp32")).at(1)
+            return
+        for size in {1, alone.top() // 2 + 1, alone.top()}:
+            a, b = alone.at(size), found.at(size)
+            assert (a.config, a.cost) == (b.config, b.cost)
+            assert estimate_loss(terms, [a.spans], 16) == pytest.approx(estimate_loss(terms, [b.spans], 16), rel=1e-12)

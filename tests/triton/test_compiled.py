@@ -92,7 +92,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 def step(method: str, dtype: torch.dtype, optimizer: rse.SGD | None, **params: Any) -> None:
     """All launches of a lookup and its backward."""
     plan = (
-        Plan.uniform(SCHEMA, method, budget="4MiB", full_below=1, **params) if method != "full" else Plan.full(SCHEMA)
+        Plan.uniform(SCHEMA, method, **params)
+        if method == "full"
+        else Plan.uniform(SCHEMA, method, budget="4MiB", full_below=1, **params)
     )
     coll = EmbeddingCollection(SCHEMA, plan, optimizer, dtype=dtype, backend="torch")
     tables = [getattr(coll, name) for name in coll.storages]
@@ -122,6 +124,16 @@ def wide(ptx: str, operation: str) -> int:
 def per_thread(elements: int, dtype: torch.dtype, warps: int) -> int:
     """Accesses of 16 bytes that each thread makes to touch so many elements once."""
     return elements * dtype.itemsize // 16 // (32 * warps)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "precision"),
+    [("lpt", "int8"), ("lpt", "int4"), ("lpt", "bf16"), ("alpt", "int8"), ("alpt", "int4")],
+)
+@pytest.mark.parametrize("method", ["full", "robe"])
+def test_rows_of_few_bits(launches: Launches, method: str, quantization: str, precision: str) -> None:
+    step(method, torch.float32, rse.RowwiseAdagrad(0.1), precision=precision, quantization=quantization)
+    assert {"forward", "sum_pieces", "join_pieces"} <= set(launches)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

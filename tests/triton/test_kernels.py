@@ -15,12 +15,14 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, Schema
+from recsys_embed.core.row_format import TRAINED
 from recsys_embed.embedding import compressed_embedding as embedding
 from recsys_embed.errors import ConfigError, IdRangeError
 from recsys_embed.kernels.triton import fields, status
 from recsys_embed.optim import FusedOptimizer, list_rules, make_rule
 from tests.kernels import cases
 from tests.kernels.cases import METHODS, assert_definition, assert_steps_agree, assert_two_lookups, plan_of
+from tests.test_low_precision import few_bits
 
 update = pytest.importorskip("recsys_embed.kernels.triton.update", exc_type=ImportError)
 rows = pytest.importorskip("recsys_embed.kernels.triton.rows", exc_type=ImportError)
@@ -454,3 +456,57 @@ def test_what_was_replaced_since_the_lookup_is_refused(rule: FusedOptimizer | No
     with pytest.raises((ConfigError, RuntimeError)):
         out.sum().backward()
     assert table.grad is None
+
+
+FEW_BITS = [(q, kind) for q in ("lpt", "alpt") for kind in TRAINED[q]]
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize(("quantization", "kind"), FEW_BITS)
+@pytest.mark.parametrize("rule", [rse.SGD(0.1, rows="all"), rse.RowwiseAdagrad(0.1, weight_decay=0.1)])
+@pytest.mark.parametrize("width", [16, 9])
+def test_rows_of_few_bits_are_those_of_torch(
+    width: int, rule: FusedOptimizer, kind: str, quantization: str, rounding: str, path: str
+) -> None:
+    """Bit for bit, where every row is read once in a batch, so that nothing is summed."""
+    schema = Schema([FeatureSpec(f"C{i}", n, width, init="normal:0.05") for i, n in enumerate((40, 300))])
+    plan = Plan.uniform(schema, "full", precision=kind, quantization=quantization, rounding=rounding)
+    made = [EmbeddingCollection(schema, plan, rule, backend=b, device=DEVICE) for b in ("triton", "torch")]
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.stack([torch.randperm(n, generator=generator)[:20] for n in (40, 300)], 1).to(DEVICE)
+        weights = torch.randn(20, 2, width, generator=generator).to(DEVICE)
+        out = [coll(ids) for coll in made]
+        assert torch.equal(*out)
+        for vectors in out:
+            (vectors * weights).sum().backward()
+    for coll in made:
+        coll.catch_up_()
+    first, second = (p.stored for coll in made for p in coll.parameters())
+    same = (first == second).double().mean()
+    # Square roots and means differ in their last bit.
+    assert float(same) >= (1.0 if type(rule) is rse.SGD else 0.995)
+
+
+@METHODS
+@pytest.mark.parametrize("quantization", ["lpt", "alpt"])
+def test_every_method_trains_rows_of_few_bits(method: Any, quantization: str) -> None:
+    schema = Schema([FeatureSpec(f"C{i}", n, 16, init="normal:0.05") for i, n in enumerate((200, 50))])
+    plan = plan_of(method, schema, 0.6)
+    configs = {}
+    for name in plan:
+        config = plan[name]
+        if config.computes:
+            pytest.skip("its rows are computed")
+        values = {k: v for k, v in config.to_dict().items() if k != "method"}
+        configs[name] = type(config).from_params({**values, **few_bits(type(config), quantization)})
+    plan = Plan(configs, arrays=plan.arrays)
+    ids = ids_of(schema, 20)
+    made = [EmbeddingCollection(schema, plan, rse.SGD(0.1), backend=b, device=DEVICE) for b in ("triton", "torch")]
+    out = [coll(ids) for coll in made]
+    torch.testing.assert_close(*out)
+    for vectors in out:
+        (vectors * torch.linspace(-1, 1, vectors.numel(), device=DEVICE).view_as(vectors)).sum().backward()
+    for first, second in zip(*(coll.parameters() for coll in made), strict=True):
+        if hasattr(first, "stored"):
+            assert int((first.stored != second.stored).sum()) <= 0.01 * first.stored.numel() + 2

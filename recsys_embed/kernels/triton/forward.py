@@ -4,9 +4,11 @@ import triton
 import triton.language as tl
 
 from recsys_embed.kernels.triton import row_lookups as p
+from recsys_embed.kernels.triton.few_bits import read_elements
 from recsys_embed.kernels.triton.row_lookups import (
     find,
     find_weight,
+    read_coded,
     read_slice,
     read_straight,
     storage,
@@ -18,9 +20,9 @@ from recsys_embed.kernels.triton.row_lookups import (
 @triton.jit
 def _row_lookup(
     total, row_lookup, scale, used, live, x, sample, batch, product, plain, cols, span,
-    storages, index, found, kept, out,
+    storages, formats, distances, index, found, kept, out,
     KINDS: tl.constexpr, VECTOR: tl.constexpr, PRODUCTS: tl.constexpr, SLICES: tl.constexpr, SIGNS: tl.constexpr,
-    WEIGHTS: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr,
+    WEIGHTS: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
     """``total`` combined with a row lookup's values; ``used``: samples with values, ``live``: samples to write."""
     rows = find(x, row_lookup, index, used, KINDS)
@@ -28,7 +30,9 @@ def _row_lookup(
     if SAVE:
         place = tl.where(rows >= 0, rows + tl.load(row_lookup + p.BASE), -1).to(tl.int32)
         tl.store(found + tl.load(row_lookup + p.READ) * batch + sample, place, mask=live)
-    if SLICES:
+    if CODED:
+        value = read_coded(storages, formats, distances, rows, row_lookup, cols, span, SLICES)
+    elif SLICES:
         # Both, not a branch: masked loads cost nothing, and triton 3.6 does not compile the branch.
         whole = straight(row_lookup)
         value = read_straight(table, tl.where(whole, rows, -1), row_lookup, cols, span, VECTOR)
@@ -51,8 +55,11 @@ def _row_lookup(
         if number >= 0:
             at = find_weight(x, row_lookup, index, used, KINDS)
             base = tl.load(row_lookup + p.WEIGHT_BASE)
-            weights = storage(storages, number, out)
-            weight = tl.load(weights + base + at, mask=at >= 0, other=0.0).to(tl.float32)
+            if CODED:
+                weight = read_elements(storages, formats, distances, number, at + base, at * 0, 1, at >= 0)
+            else:
+                weights = storage(storages, number, out)
+                weight = tl.load(weights + base + at, mask=at >= 0, other=0.0).to(tl.float32)
             if SAVE:
                 place = tl.where(at >= 0, at + base, -1).to(tl.int32)
                 tl.store(found + tl.load(row_lookup + p.WEIGHT_READ) * batch + sample, place, mask=live)
@@ -71,11 +78,11 @@ def _row_lookup(
 @triton.jit(do_not_specialize=["sample_stride", "feature_stride", "batch", "index", "job_count"])
 def forward(
     ids, sample_stride, feature_stride, batch,
-    jobs, row_lookups, scales, storages, index,
+    jobs, row_lookups, scales, storages, formats, distances, index,
     out, found, kept, faults, job_count,
     TILE: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, MOST: tl.constexpr, EVEN: tl.constexpr,
     KINDS: tl.constexpr, PRODUCTS: tl.constexpr, SLICES: tl.constexpr, SIGNS: tl.constexpr, WEIGHTS: tl.constexpr,
-    LIMITS: tl.constexpr, NONE: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr,
+    LIMITS: tl.constexpr, NONE: tl.constexpr, SAVE: tl.constexpr, KEEP: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
     """One job for TILE samples.
 
@@ -83,6 +90,7 @@ def forward(
         ids: int32 or int64, of any strides.
         jobs, row_lookups, scales: see :class:`recsys_embed.kernels.triton.fields.Tables`.
         storages: addresses of the tables.
+        formats, distances: see :func:`recsys_embed.kernels.triton.few_bits.formats_of`, read if CODED.
         index: addresses of the arrays of all indexes.
         out: outputs one after the other, each ``[batch, stride]``.
         found: int32 ``[reads, batch]``, rows of each read, written if SAVE.
@@ -127,8 +135,8 @@ def forward(
             total = _row_lookup(
                 total, row_lookups + at * p.ROW_LOOKUP_SIZE, tl.load(scales + at), asked, written,
                 x, sample, batch, product,
-                plain, cols, span, storages, index, found, kept, out,
-                KINDS, VECTOR, PRODUCTS, SLICES, SIGNS, WEIGHTS, SAVE, KEEP,
+                plain, cols, span, storages, formats, distances, index, found, kept, out,
+                KINDS, VECTOR, PRODUCTS, SLICES, SIGNS, WEIGHTS, SAVE, KEEP, CODED,
             )  # fmt: skip
     else:
         for j in range(count):
@@ -136,8 +144,8 @@ def forward(
             total = _row_lookup(
                 total, row_lookups + at * p.ROW_LOOKUP_SIZE, tl.load(scales + at), used, live,
                 x, sample, batch, product,
-                plain, cols, span, storages, index, found, kept, out,
-                KINDS, VECTOR, PRODUCTS, SLICES, SIGNS, WEIGHTS, SAVE, KEEP,
+                plain, cols, span, storages, formats, distances, index, found, kept, out,
+                KINDS, VECTOR, PRODUCTS, SLICES, SIGNS, WEIGHTS, SAVE, KEEP, CODED,
             )  # fmt: skip
     total = tl.where(used[:, None], total, 0.0)
     stride = tl.load(job + p.STRIDE) // VECTOR * VECTOR

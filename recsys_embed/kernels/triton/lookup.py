@@ -19,12 +19,14 @@ from recsys_embed.kernels import pointers
 from recsys_embed.kernels.deferred_steps import StepLog, catch_up
 from recsys_embed.kernels.derivatives import catching_up
 from recsys_embed.kernels.indexes import ArrayVersions, IndexStore
+from recsys_embed.kernels.low_precision_table import LowPrecisionTable, stored_rows
 from recsys_embed.kernels.native.records import Slot, encode
 from recsys_embed.kernels.places import GradientLayout, Place
 from recsys_embed.kernels.pointers import checked_address
 from recsys_embed.kernels.torch_lookup import TorchLookup
 from recsys_embed.kernels.triton import forward as forward_kernel
 from recsys_embed.kernels.triton import spread as spread_kernel
+from recsys_embed.kernels.triton.few_bits import formats_of
 from recsys_embed.kernels.triton.fields import Tables, lay_out
 from recsys_embed.kernels.triton.update import Source, StorageReads, Target, reads_by_storage
 from recsys_embed.optim import FusedOptimizer, RowGradient
@@ -69,6 +71,16 @@ def state_faults(optimizer: FusedOptimizer, table: Tensor, state: Mapping[str, T
         count *= table.shape[1] if kind == "element" else 1
         found += pointers.faults(state[name], (number,), count, f"state {name!r}", device=table.device)
     return found
+
+
+def table_faults(
+    table: Tensor, dtype: torch.dtype, rows: int, width: int, name: str, device: torch.device
+) -> list[str]:
+    """Why a table is not what kernels take it for."""
+    if isinstance(table, LowPrecisionTable):
+        format = table.format
+        return pointers.faults(table.stored, (format.dtype,), rows * format.items(width), name, device=device)
+    return pointers.faults(table, (dtype,), rows * width, name, device=device)
 
 
 class TritonLookup:
@@ -164,7 +176,7 @@ class TritonLookup:
 
     def _addresses_of(self, tables: Sequence[Tensor]) -> Tensor:
         """Addresses of the tables and of the index arrays, on the tables' device."""
-        key = tuple(checked_address(t) for t in (*tables, *self._index.arrays.held.values()))
+        key = tuple(checked_address(stored_rows(t)) for t in (*tables, *self._index.arrays.held.values()))
         found = self._addresses.get(key)
         if found is None or found.device != tables[0].device:
             self._addresses.clear()
@@ -222,16 +234,18 @@ class TritonLookup:
         found = torch.empty(len(self.tables.reads) if keep else 0, batch, dtype=torch.int32, device=ids.device)
         kept = like.new_empty(self.tables.kept * batch) if keep and self.tables.kept else None
         addresses = self._addresses_of(tables)
+        coded = formats_of(tables)
+        formats, distances = (addresses, addresses) if coded is None else coded
         options = self._options
         tiles = -(-batch // options["TILE"])
         if tiles:
             with on_device(ids):
                 forward_kernel.forward[(tiles * jobs, self._blocks)](
                     ids, *ids.stride(), batch,
-                    device.jobs, device.row_lookups, device.scales, addresses,
+                    device.jobs, device.row_lookups, device.scales, addresses, formats, distances,
                     addresses[len(tables) :],
                     whole, found, whole if kept is None else kept, device.faults, jobs,
-                    **options, SAVE=keep, KEEP=kept is not None, num_warps=_WARPS,
+                    **options, SAVE=keep, KEEP=kept is not None, CODED=coded is not None, num_warps=_WARPS,
                 )  # fmt: skip
         return self._split(whole, batch), Kept(found, kept)
 
@@ -277,7 +291,7 @@ class TritonLookup:
         for width, gradient in zip(self.widths, gradients, strict=False):
             found += pointers.faults(gradient, (dtype,), batch * width, "a gradient", device=device)
         for (name, (rows, width)), table in zip(self.storages.items(), tables, strict=True):
-            found += pointers.faults(table, (dtype,), rows * width, f"table {name!r}", device=device)
+            found += table_faults(table, dtype, rows, width, f"table {name!r}", device)
         if optimizer is not None:
             for table, state in zip(tables, states, strict=False):
                 found += state_faults(optimizer, table, state)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from recsys_embed.kernels.triton.few_bits import read_elements
 from recsys_embed.kernels.triton.fields import JOB, ROW_LOOKUP
 from recsys_embed.kernels.triton.ids import rows_of, sign_of
 
@@ -80,6 +81,25 @@ def slice_columns(row_lookup, cols):
     width = tl.load(row_lookup + WIDTH).to(tl.int32)
     step = tl.where(tl.load(row_lookup + REPEAT) != 0, 0, cols // width)
     return step, tl.where(tl.load(row_lookup + REPEAT) != 0, 0, cols - step * width)
+
+
+@triton.jit
+def read_coded(storages, formats, distances, rows, row_lookup, cols, span, SLICES: tl.constexpr):
+    """As :func:`read_straight` and :func:`read_slice`, of storages some of which train in few bits."""
+    number = tl.load(row_lookup + STORAGE)
+    width = tl.load(row_lookup + WIDTH)
+    row = rows[:, None] + cols[None, :] * 0
+    element = (cols[None, :] + rows[:, None] * 0).to(tl.int64)
+    if SLICES:
+        size = tl.load(row_lookup + ROWS)
+        step, place = slice_columns(row_lookup, cols)
+        ahead = row + step[None, :]
+        whole = straight(row_lookup)
+        row = tl.where(whole, row, tl.where(ahead >= size, ahead - size, ahead))
+        element = tl.where(whole, element, place[None, :].to(tl.int64))
+    mask = (rows >= 0)[:, None] & (cols < span)[None, :]
+    row = (row + tl.load(row_lookup + BASE)).to(tl.int64)
+    return read_elements(storages, formats, distances, number, row, element, width, mask)
 
 
 @triton.jit

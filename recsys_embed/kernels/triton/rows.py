@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from recsys_embed.kernels import pointers
 from recsys_embed.kernels.deferred_steps import StepLog
 from recsys_embed.kernels.triton.fields import JOB, READ, ROW_LOOKUP, SORTED, Tables
-from recsys_embed.kernels.triton.lookup import on_device, state_faults
+from recsys_embed.kernels.triton.lookup import on_device, state_faults, table_faults
 from recsys_embed.kernels.triton.update import Source, StorageReads, Target
 from recsys_embed.optim import FusedOptimizer
 
@@ -38,7 +38,7 @@ def update_rows(
     Raises:
         ConfigError: table or state are not as they were when the rows were looked up; nothing has changed.
     """
-    table = pointers.faults(weight, (weight.dtype,), weight.numel(), "the table", device=grad.device)
+    table = table_faults(weight, weight.dtype, len(weight), weight.shape[1], "the table", grad.device)
     pointers.check([*table, *state_faults(optimizer, weight, state)])
     reads = _reads(weight.shape[1])
     grad = grad.contiguous()

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from recsys_embed.kernels.triton.few_bits import load_rows, store_rows
 from recsys_embed.kernels.triton.rounding import (
     ADAGRAD,
     ADAM,
@@ -35,12 +36,14 @@ class Tensors(NamedTuple):
         state: of its optimizer, in the order of the rule's class.
         last: last step of each row; not used unless LAST.
         gradient: receives the sums if the rule is GRADIENT; else not used.
+        coding: numbers of :class:`recsys_embed.kernels.triton.few_bits.Coding`, of rows that train in few bits.
     """
 
     weights: Any
     state: tuple[Any, ...]
     last: Any
     gradient: Any
+    coding: Any
 
 
 class Numbers(NamedTuple):
@@ -50,12 +53,14 @@ class Numbers(NamedTuple):
         size, eps: step size and epsilon.
         decay: weight decay.
         constants: of the rule, in the order of its class.
+        distance: of two codes of rows that train in few bits.
     """
 
     size: float
     eps: float
     decay: float
     constants: tuple[float, ...]
+    distance: float = 0.0
 
 
 @triton.jit
@@ -171,6 +176,7 @@ def _rowwise_rmsprop(
 def apply(
     row, grad, live, cols, tensors, numbers, seed, step,
     RULE: tl.constexpr, WIDTH: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr, DECAY: tl.constexpr,
+    CODE: tl.constexpr,
 ):  # fmt: skip
     """One step of RULE on ``row [n]`` with summed gradients ``grad [n, columns]``.
 
@@ -179,13 +185,18 @@ def apply(
         numbers: :class:`Numbers`.
         seed, step: of stochastic rounding of 16-bit weights and of state; ``step`` is the table's number of steps.
         COUNTS, LAST: whether rows count their own steps, and record their last step.
+        CODE: of rows that train in few bits, else 0.
     """
     mask = live[:, None] & (cols < WIDTH)[None, :]
     at = row.to(tl.int64)[:, None] * WIDTH + cols[None, :]
     if RULE == GRADIENT:
         tl.store(tensors.gradient + at, grad.to(tensors.gradient.dtype.element_ty), mask=mask)
     else:
-        weight = tl.load(tensors.weights + at, mask=mask, other=0.0).to(tl.float32)
+        if CODE == 0:
+            weight = tl.load(tensors.weights + at, mask=mask, other=0.0).to(tl.float32)
+        else:
+            weight = load_rows(tensors.weights, row, cols, live, numbers.distance, CODE, WIDTH)
+        before = weight
         size = numbers.size
         if DECAY:
             grad += weight * numbers.decay
@@ -206,6 +217,9 @@ def apply(
         elif RULE == _ROWWISE_RMSPROP:
             weight = _rowwise_rmsprop(weight, grad, row, live, mask, tensors, numbers, seed, step, WIDTH, COUNTS)
         weights = tensors.weights
-        tl.store(weights + at, rounded(weight, row, cols, seed, step, weights), mask=mask)
+        if CODE == 0:
+            tl.store(weights + at, rounded(weight, row, cols, seed, step, weights), mask=mask)
+        else:
+            store_rows(weights, row, cols, live, before, weight, tensors.coding, numbers.distance, step, CODE, WIDTH)
         if LAST:
             tl.store(tensors.last + row, tl.zeros_like(row) + step, mask=live)

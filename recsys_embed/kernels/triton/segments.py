@@ -74,7 +74,7 @@ def sum_pieces(
     tensors, numbers, seed, step,
     TILE: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr, RULE: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr,
-    DECAY: tl.constexpr,
+    DECAY: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """Sum TILE pieces; complete rows are updated, partial sums go to ``heads`` or ``tails [chunks, WIDTH]``."""
     piece = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -98,7 +98,7 @@ def sum_pieces(
         grad += _gradients(position, here, batch, reads, scales, outer, own, cols, first_read,
                            WIDTH, VECTOR, OUTER, INNER)  # fmt: skip
     whole = live & ~goes_on & ~began
-    apply(row, grad, whole, cols, tensors, numbers, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY)
+    apply(row, grad, whole, cols, tensors, numbers, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY, CODE)
     # Per chunk, at most one piece started earlier and at most one continues, so each has one place per chunk.
     place = (start // CHUNK).to(tl.int64)[:, None] * WIDTH + cols[None, :]
     inside = (cols < WIDTH)[None, :]
@@ -112,6 +112,7 @@ def join_pieces(
     tensors, numbers, seed, step,
     TILE: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     RULE: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr, DECAY: tl.constexpr,
+    CODE: tl.constexpr,
 ):  # fmt: skip
     """Sum over all chunks and update of the row that starts in this chunk and continues in the next, if any."""
     chunk = tl.program_id(0)
@@ -142,4 +143,6 @@ def join_pieces(
         more = tl.min(same.to(tl.int32), 0) > 0
         at += TILE
     one = tl.zeros([1], tl.int32)
-    apply(one + row, total[None, :], one == 0, cols, tensors, numbers, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY)
+    apply(
+        one + row, total[None, :], one == 0, cols, tensors, numbers, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY, CODE
+    )

@@ -59,6 +59,7 @@ def update_touched(
     tensors, numbers, seed, step,
     TILE: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
     RULE: tl.constexpr, COUNTS: tl.constexpr, LAST: tl.constexpr, DECAY: tl.constexpr,
+    CODE: tl.constexpr,
 ):  # fmt: skip
     """Update the touched rows among TILE; ``tiles [n, 3]``: first row in the buffer and in the storage, count."""
     tile = tiles + tl.program_id(0) * 3
@@ -71,4 +72,5 @@ def update_touched(
     grad = tl.zeros([TILE, COLS], tl.float32)
     for copy in range(copies):
         grad += tl.load(buffer + (copy * rows + here)[:, None] * WIDTH + cols[None, :], mask=mask, other=0.0)
-    apply(tl.load(tile + 1) + i, grad, live, cols, tensors, numbers, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY)
+    row = tl.load(tile + 1) + i
+    apply(row, grad, live, cols, tensors, numbers, seed, step, RULE, WIDTH, COUNTS, LAST, DECAY, CODE)

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from recsys_embed.errors import BackendError, MissingDependencyError
 from recsys_embed.kernels.derivatives import have_tangents, transformed
+from recsys_embed.kernels.low_precision_table import LowPrecisionTable
 from recsys_embed.kernels.pointers import memory_of
 from recsys_embed.optim import FusedOptimizer, rule_name
 from recsys_embed.utils.optional import require
@@ -70,9 +71,16 @@ def runs_on(ids: Tensor, tables: Sequence[Tensor]) -> bool:
     if device.type != ("cpu" if interpreted() else "cuda") or kind not in _TYPES or why_not() is not None:
         return False
     for t in tables:
+        if isinstance(t, LowPrecisionTable):
+            held = t.stored
+            # Rows that are stored unrounded are left to torch.
+            if kind is not torch.float32 or held.device != device or not held.is_contiguous() or t.format.has_master:
+                return False
+            continue
         # Loads of 16 bytes need tables whose address is aligned to 16 bytes.
         if type(t) not in (Tensor, Parameter) or t.dtype is not kind or t.device != device or not t.is_contiguous():
             return False
     if torch._C._len_torch_dispatch_stack() or transformed() or have_tangents((ids, *tables)):
         return False
-    return interpreted() or (_compiles_for(device) and all(memory_of(t) % 16 == 0 for t in tables))
+    floats = [t for t in tables if not isinstance(t, LowPrecisionTable)]
+    return interpreted() or (_compiles_for(device) and all(memory_of(t) % 16 == 0 for t in floats))

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from recsys_embed.errors import BackendError
 from recsys_embed.kernels.deferred_steps import StepLog
+from recsys_embed.kernels.low_precision_table import stored_rows
 from recsys_embed.kernels.triton import rules, segments, small
+from recsys_embed.kernels.triton.few_bits import Coding
 from recsys_embed.kernels.triton.fields import READ, SMALL, Tables
 from recsys_embed.optim import FusedOptimizer, rule_name
 
@@ -34,18 +36,20 @@ class Target(NamedTuple):
         kinds = {name: kind for name, kind in optimizer.tensors.items() if name != "last"}
         kept = tuple(state[name] for name in kinds)
         size, eps, decay = float(log.sizes[-1]), float(log.epsilons[-1]), float(optimizer.weight_decay)
-        tensors = rules.Tensors(weights, kept, state.get("last", weights), weights)
-        numbers = rules.Numbers(size, eps, decay, optimizer.constants)
+        coding, held = Coding.of(weights), stored_rows(weights)
+        tensors = rules.Tensors(held, kept, state.get("last", held), held, coding.numbers)
+        numbers = rules.Numbers(size, eps, decay, optimizer.constants, coding.distance)
         constants = {"COUNTS": "step" in kinds.values(), "LAST": "last" in state, "DECAY": decay != 0}
         rule = rules.RULES.index(str(rule_name(optimizer)))
-        return cls((tensors, numbers, log.seed, log.step), {"RULE": rule, "WIDTH": weights.shape[1], **constants})
+        given = {"RULE": rule, "WIDTH": weights.shape[1], "CODE": coding.code, **constants}
+        return cls((tensors, numbers, log.seed, log.step), given)
 
     @classmethod
     def gradient(cls, gradient: Tensor) -> Target:
         """Writes the sums to rows of ``gradient``."""
         constants = {"RULE": rules.GRADIENT.value, "WIDTH": gradient.shape[1]}
-        constants |= dict.fromkeys(("COUNTS", "LAST", "DECAY"), False)
-        tensors = rules.Tensors(gradient, (), gradient, gradient)
+        constants |= {"COUNTS": False, "LAST": False, "DECAY": False, "CODE": 0}
+        tensors = rules.Tensors(gradient, (), gradient, gradient, gradient)
         return cls((tensors, rules.Numbers(0.0, 0.0, 0.0, ()), 0, 0), constants)
 
 
