@@ -36,9 +36,10 @@ def print_avx2(path: Path) -> None:
         f"{ratios[0]:.2f} to {ratios[-1]:.2f}, median {middle:.2f}, at loads of {loads[0]:.1f} to {loads[-1]:.1f} "
         f"([rows](../benchmarks/results/{path.name}))."
     )
-    below = [
-        f"{r['case']}, width {r['dim']}, batch {r['batch']}, {r['threads']} threads: {r['ratio']:.2f}" for r in low
-    ]
+    below = []
+    for r in low:
+        threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
+        below.append(f"{r['case']}, width {r['dim']}, batch {r['batch']}, {threads}: {r['ratio']:.2f}")
     print(f"Below 1.3: {'; '.join(below) or 'none'}.\n")
 
 
