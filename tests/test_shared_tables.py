@@ -21,6 +21,7 @@ from recsys_embed.planning.costs import Costs
 from recsys_embed.planning.frequencies import with_frequent_ids
 from recsys_embed.registry import MethodInfo, list_methods
 from recsys_embed.search.studies.space import StudySpace
+from recsys_embed.train.rounded_rows import rounded_rows
 
 N, WIDTH, BATCH = 61, 8, 7
 METHODS = [pytest.param(m, id=m.name) for m in list_methods()]
@@ -251,7 +252,8 @@ def test_exports_hold_it_once(method: MethodInfo, tmp_path: Path) -> None:
     other = EmbeddingCollection(alone, Plan({n: plan[n] for n in alone.names})).eval()
     assert report.embedding_bytes == rse.export(other, tmp_path / "other.safetensors").embedding_bytes
     served = rse.load(tmp_path / "model.safetensors")
-    assert torch.equal(served(*ragged(5)), coll(*ragged(5)))
+    with rounded_rows(coll):  # tiers are served at precisions of their own
+        assert torch.equal(served(*ragged(5)), coll(*ragged(5)))
     restored = EmbeddingCollection(schema, plan, seed=9)
     restored.load_state_dict(coll.state_dict())
     assert torch.equal(restored.eval()(*ragged(5)), coll(*ragged(5)))
