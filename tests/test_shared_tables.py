@@ -252,8 +252,8 @@ def test_exports_hold_it_once(method: MethodInfo, tmp_path: Path) -> None:
     other = EmbeddingCollection(alone, Plan({n: plan[n] for n in alone.names})).eval()
     assert report.embedding_bytes == rse.export(other, tmp_path / "other.safetensors").embedding_bytes
     served = rse.load(tmp_path / "model.safetensors")
-    with rounded_rows(coll):  # tiers are served at precisions of their own
-        assert torch.equal(served(*ragged(5)), coll(*ragged(5)))
+    with rounded_rows(coll):  # tiers are served at precisions of their own, and added in another order
+        torch.testing.assert_close(served(*ragged(5)), coll(*ragged(5)), rtol=0, atol=1e-6)
     restored = EmbeddingCollection(schema, plan, seed=9)
     restored.load_state_dict(coll.state_dict())
     assert torch.equal(restored.eval()(*ragged(5)), coll(*ragged(5)))
