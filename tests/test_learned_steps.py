@@ -84,7 +84,7 @@ def test_steps_are_written_back_without_bias() -> None:
     """Moves far below the distance of two fp16 numbers move steps in the mean."""
     format = RowFormat("int8", 2.0**-6, quantization="alpt", step_rate=1.0)
     table = LowPrecisionTable.empty(4000, 16, format, torch.device("cpu"), seed=3)
-    table.fill_(0.0)
+    table.fill_from(lambda start, count: torch.zeros(count, 16))
     rows, first = torch.arange(4000), float(table.distances()[0])
     # A quarter of a code below 0: slope 1/4 in every column, and 16 moves of -step/4.
     exact = first - 16 * (first / 4) * (1 / 4) / math.sqrt(16 * 127)

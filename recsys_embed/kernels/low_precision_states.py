@@ -70,7 +70,8 @@ def apply_apart(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Iterator[N
 
 def low_precision_tables(module: nn.Module) -> Iterator[tuple[str, LowPrecisionTable]]:
     """The tables that a module itself holds, by the names of its parameters."""
-    for name, p in module._parameters.items():
+    # The names and types alone: listing the parameters of a collection applies the deferred steps of its rows.
+    for name, p in dict.items(module._parameters):
         table = cast("object", p)
         if isinstance(table, LowPrecisionTable):
             yield name, table

@@ -176,6 +176,7 @@ class Oracle:
         named = dict(self.coll.named_parameters())
         out = call(self.coll)
         learns = call.weights is not None and call.weights.requires_grad
+        named = {name: p for name, p in named.items() if p.requires_grad}  # some projections are frozen
         inputs = [*named.values(), *([call.weights] if learns else [])]
         found: Sequence[Tensor | None] = [None] * len(inputs)
         w = direction(seed, out.shape)
