@@ -27,6 +27,7 @@ from recsys_embed.exports import onnx_file
 from recsys_embed.exports.encoders import FileScorer, encoders_for, rows_json, write_rows_json
 from recsys_embed.exports.graph_check import GraphCheck, check_graph, refused_by, serving, without_exporter_warnings
 from recsys_embed.exports.graph_inputs import Inputs, example_inputs, plain_bags, tensors
+from recsys_embed.kernels.low_precision_states import low_precision_tables
 from recsys_embed.models import CTRModel
 from recsys_embed.utils.files import move_into_place
 from recsys_embed.utils.optional import require
@@ -193,6 +194,11 @@ def to_onnx(
     target = _target(path, ".onnx")
     for library in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
         require(library, extra="onnx", purpose=onnx_file.PURPOSE)
+    if any(name for module in model.modules() for name, _ in low_precision_tables(module)):
+        raise ExportError(
+            "rows that train in few bits (`quantization`) have no ONNX; export the model first, then write "
+            "to_onnx(recsys_embed.load(path))"
+        )
     stored = encoders_for(model, encoders, None)
     with _with_encoders(model, stored):
         example = example_inputs(model, inputs)

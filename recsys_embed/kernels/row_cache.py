@@ -39,6 +39,7 @@ class RowCache:
     Args:
         width: of a row, in numbers of 4 bytes.
         size: bytes that rows, ids and counts may take.
+        ids: how many there are; a cache has no more than two places for each, since sets fill unevenly.
 
     Raises:
         ConfigError: they do not hold 8 rows.
@@ -53,9 +54,11 @@ class RowCache:
     ([[3, 5], [7]], CacheCounts(hits=1, misses=3, rows=3))
     """
 
-    def __init__(self, width: int, size: int) -> None:
-        self.width, self.size = width, size
+    def __init__(self, width: int, size: int, ids: int | None = None) -> None:
+        self.width, self.size, self._most_ids = width, size, ids
         self._sets = size // (_WAYS * (4 * width + 8 + 4 + 2 * 4))
+        if ids is not None:
+            self._sets = min(self._sets, -(-2 * max(ids, 1) // _WAYS))
         if self._sets < 1:
             least = _WAYS * (4 * width + 20)
             raise ConfigError(f"a cache of rows of {width} columns takes {least} bytes or more; got {size}")
@@ -67,6 +70,11 @@ class RowCache:
         with self._lock:
             self._rows: Tensor | None = None
             self._hits = self._misses = self._asked = self._calls = 0
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes that it takes from its first lookup on."""
+        return self._sets * _WAYS * (4 * self.width + 8 + 4 + 2 * 4)
 
     @property
     def nbytes(self) -> int:
@@ -166,23 +174,43 @@ class RowCache:
             self._ids[slots], self._uses[slots], self._rows[slots] = ids[taken], asked[taken], rows[taken]
 
     def __deepcopy__(self, memo: object) -> RowCache:
-        return RowCache(self.width, self.size)
+        return RowCache(self.width, self.size, self._most_ids)
 
-    def __reduce__(self) -> tuple[type[RowCache], tuple[int, int]]:
-        return RowCache, (self.width, self.size)
+    def __reduce__(self) -> tuple[type[RowCache], tuple[int, int, int | None]]:
+        return RowCache, (self.width, self.size, self._most_ids)
 
 
 class RowCaches(nn.Module):
-    """The caches of a module in evaluation mode, by position of the feature; other weights make them forget."""
+    """The caches of a module in evaluation mode, by position of the feature; other weights make them forget.
 
-    def __init__(self, caches: Mapping[int, RowCache]) -> None:
+    Args:
+        owner: whose parameters the rows are computed from; whatever writes to them counts up their versions.
+    """
+
+    def __init__(self, caches: Mapping[int, RowCache], owner: nn.Module) -> None:
         super().__init__()
         self.by_feature = dict(caches)
+        self._owner = [owner]  # in a list, since a module that holds its owner as a part would be its own part
+        self._watched: list[Tensor] | None = None
+        self._versions: list[int] = []
 
     def rows(self, feature: int, ids: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor | None:
         """As a call of the feature's cache; None where rows have to be computed."""
         cache = self.by_feature.get(feature)
-        return None if cache is None or self.training or not cache.serves(ids) else cache(ids, compute)
+        if cache is None or self.training or not cache.serves(ids) or self._learns():
+            return None
+        return cache(ids, compute)
+
+    def _learns(self) -> bool:
+        """Whether gradients are asked for; forgets rows of weights that were written to since."""
+        watched = self._watched
+        if watched is None:
+            watched = self._watched = [p for p in self._owner[0].parameters() if not p.is_inference()]
+        versions = [p._version for p in watched]
+        if versions != self._versions:
+            self.clear()
+            self._watched, self._versions = watched, versions
+        return torch.is_grad_enabled() and any(p.requires_grad for p in watched)
 
     @property
     def nbytes(self) -> int:
@@ -191,6 +219,7 @@ class RowCaches(nn.Module):
 
     def clear(self) -> None:
         """Forget all rows."""
+        self._watched = None
         for cache in self.by_feature.values():
             cache.clear()
 

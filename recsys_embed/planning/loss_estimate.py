@@ -27,7 +27,8 @@ an id keeps most of its signal as long as one of its chunks is its own. A learne
 **Rows that are computed.** Where ids share all that is stored (:attr:`recsys_embed.core.heads.Head.shares_all`: cores
 of a tensor train, a network), they are rated as sums of rows shared at random, as many as the stored numbers make.
 
-**Rounding.** Rows served at fewer bits keep a part of what they carry (:mod:`recsys_embed.planning.rounding`).
+**Rounding.** Rows served at fewer bits keep a part of what they carry (:mod:`recsys_embed.planning.rounding`): no
+program keeps more than a full table at the highest of its precisions, whatever its widths and its rows per id.
 
 **Features without a network.** Where no network reads a vector beside many others
 (:mod:`recsys_embed.planning.network_context`), it is all that is known of an id. Then ids that share a row keep only
@@ -167,7 +168,7 @@ def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
     tables = {t.name: t for t in program.tables}
     if program.head is not None and program.head.shares_all:
         rows = sum(t.elements for t in program.tables) / program.width
-        rounded = min(signal_kept(t, terms.without_network) for t in program.tables)
+        rounded = min(signal_kept(t, terms.without_network, columns=program.width) for t in program.tables)
         return [ColumnSpan(terms.zeros, terms.ones, rows, program.width, SUM_POWER, None, rounded=rounded)]
     groups: dict[tuple[int, int], list[tuple[str, ColumnSpan]]] = {}
     found: list[ColumnSpan] = []
@@ -177,7 +178,7 @@ def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
         table = tables[row_lookup.table]
         name = table.name if table.shared else None
         own, rest, rows = sharing(row_lookup.transform, table, terms)
-        width, rounded = span[1] - span[0], signal_kept(table, terms.without_network)
+        width, rounded = span[1] - span[0], signal_kept(table, terms.without_network, columns=program.width)
         if row_lookup.num_rows > 1 and spans.count(span) == 1:
             found += _pieces(own, rest, rows, row_lookup.num_rows, name, rounded)
         elif width > 1 and table.width == 1 and row_lookup.num_rows == 1:
@@ -188,7 +189,7 @@ def column_spans(program: LookupProgram, terms: CurveTerms) -> list[ColumnSpan]:
         if row_lookup.weight is not None and not terms.without_network:
             weights = tables[row_lookup.weight.table]
             own, rest, rows = sharing(row_lookup.weight.transform, weights, terms)
-            rounded = signal_kept(weights, terms.without_network)
+            rounded = signal_kept(weights, terms.without_network, columns=program.width)
             found.append(ColumnSpan(own, rest, rows, 1, 1.0, weights.name if weights.shared else None, rounded=rounded))
     for members in groups.values():
         found.append(members[0][1] if len(members) == 1 else _together(members, power))
@@ -253,15 +254,19 @@ def estimate_loss(
     keep = np.stack([f.private for f in flat]) + np.stack([f.shared for f in flat]) * kept**power
     carried: Floats = (1 - np.exp(-np.array([f.width for f in flat]) / tau))[:, None]
     if any(isinstance(f.rounded, np.ndarray) for f in flat):
-        carried = carried * np.stack([np.broadcast_to(f.rounded, len(terms.value)) for f in flat])
+        rounded = np.stack([np.broadcast_to(f.rounded, len(terms.value)) for f in flat])
     else:
-        carried = carried * np.array([f.rounded for f in flat])[:, None]
+        rounded = np.array([f.rounded for f in flat])[:, None]
+    carried = carried * rounded
     lost = np.multiply.reduceat(1 - keep * carried, places, axis=0)
     floor = np.exp(-dim / tau)
     lost = np.clip((lost - floor) / (1 - floor), 0.0, 1.0)
-    # Rounding errors must not order programs that lose nothing.
-    lost[lost < ROUNDING] = 0.0
-    out: Floats = lost @ terms.value
+    # Several rows per id make up for what each loses to sharing and width, but not for the noise that all carry.
+    # Errors of this arithmetic must not order programs that lose nothing else.
+    least = np.minimum.reduceat(1 - rounded, places, axis=0)
+    lost = np.where(lost < least + ROUNDING, least, lost)
+    # A product of matrices would sum equal rows in several orders, and so break ties.
+    out: Floats = (lost * terms.value).sum(1)
     return out
 
 

@@ -136,7 +136,8 @@ class ResizableMethod:
             self._checked = True
         # Its program stays as it was found: limits look at rows and widths alone.
         program, without_network = found.program, self.terms.without_network
-        kept = {signal_kept(t, without_network, precision) for t in program.tables if not t.dense}
+        columns = program.of_one_id.width
+        kept = {signal_kept(t, without_network, precision, columns=columns) for t in program.tables if not t.dense}
         if len(kept) == 1 and len(found.spans) == len(program.row_lookups):
             share = kept.pop()
             spans = [f._replace(rounded=share) for f in found.spans]

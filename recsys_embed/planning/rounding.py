@@ -48,27 +48,31 @@ def rounding_error(precision: str, columns: int) -> float:
     return float(np.interp(np.log2(columns), np.log2(COLUMNS), ERRORS[precision]))
 
 
-def signal_kept(table: Table, without_network: bool = False, precision: str | None = None) -> float:
+def signal_kept(
+    table: Table, without_network: bool = False, precision: str | None = None, *, columns: int = 1
+) -> float:
     """Share of the signal that the rows of a table keep at its precision.
 
     Args:
         without_network: no network reads the rows beside many others.
         precision: another than the table's.
+        columns: of the vectors that rows make. Narrower rows lose no less than rows as wide: what they hold in fewer
+            numbers is spread less evenly than the normal numbers of :data:`ERRORS`.
 
     >>> from recsys_embed.core.program import Initializer
     >>> signal_kept(Table("w", 1000, 16, Initializer("constant"), precision="int4"))
     0.999125
     """
     lost = LOST_PER_ERROR_WITHOUT_NETWORK if without_network else LOST_PER_ERROR
-    return 1.0 - lost * _error(table.width, precision or table.precision, min(table.rows, COLUMNS[-1]))
+    return 1.0 - lost * _error(table.width, precision or table.precision, min(table.rows, COLUMNS[-1]), columns)
 
 
 @cache
-def _error(width: int, precision: str, rows: int) -> float:
+def _error(width: int, precision: str, rows: int, columns: int) -> float:
     if precision == "fp32":
         return 0.0
     layout = Layout.of(width, precision, rows=rows)
-    return rounding_error(layout.kind, layout.block * layout.width)
+    return rounding_error(layout.kind, max(layout.block * layout.width, columns))
 
 
 def tiers_can_pay(menu: Iterable[str], width: int, without_network: bool) -> bool:

@@ -1,5 +1,6 @@
 """Rows that are computed, kept for frequent ids within stated bytes while a file is served."""
 
+import copy
 import threading
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def test_served_rows_are_those_of_the_module_without_a_cache(
     held = sum(cache.nbytes for cache in caches)
     assert 0 < held <= 40 << 10
     assert served.footprint().serve - plain.footprint().serve == held
+    assert rse.memory_report(served).total("serve") - rse.memory_report(plain).total("serve") == held
     assert any("caches of computed rows hold" in note for note in rse.memory_report(served).notes)
     for cache in caches:
         assert cache.counts().hits > cache.counts().misses
@@ -104,6 +106,15 @@ def test_other_weights_make_it_forget(tmp_path: Path) -> None:
     served(ids)
     served.load_state_dict({k: v * 2 if v.is_floating_point() else v for k, v in served.state_dict().items()})
     assert not torch.equal(served(ids)[:, 0], before[:, 0])
+    before = served(ids)
+    with torch.no_grad():
+        for parameter in served.parameters():
+            parameter.mul_(2)
+    copied = copy.deepcopy(served)
+    assert not torch.equal(served(ids)[:, 0], before[:, 0])
+    assert torch.equal(copied(ids), served(ids))
+    served.requires_grad_(True)
+    assert served(ids).requires_grad, "rows that were kept have no gradient"
 
 
 def test_embeddings_and_models_have_caches_too(tmp_path: Path) -> None:
@@ -115,6 +126,11 @@ def test_embeddings_and_models_have_caches_too(tmp_path: Path) -> None:
     assert served.caches.by_feature[0].counts()[:2] == (7, 7)
     held = served.footprint().serve - rse.load(tmp_path / "e").footprint().serve
     assert held == served.caches.nbytes > 0
+    served = rse.load(tmp_path / "e", cached_rows="900TiB")
+    served(ids)
+    assert served.caches.nbytes <= 2 * (ROWS + 4) * (4 * WIDTH + 20), "no more than two places for each id"
+    report = rse.memory_report(served).total("serve")
+    assert report == served.footprint().serve
 
 
 def test_it_is_refused_where_it_keeps_nothing(tmp_path: Path) -> None:
@@ -124,5 +140,9 @@ def test_it_is_refused_where_it_keeps_nothing(tmp_path: Path) -> None:
     path = _exported("tt", {}, tmp_path / "t")
     with pytest.raises(ConfigError, match=r"takes \d+ bytes or more; got 50"):
         rse.load(path, cached_rows=100)
+    schema = Schema([FeatureSpec("a", ROWS, WIDTH, ids="raw")])
+    rse.export(EmbeddingCollection(schema, Plan.uniform(schema, "dhe", budget="60KiB")), tmp_path / "d")
+    with pytest.raises(ConfigError, match="cannot be allocated; give fewer"):
+        rse.load(tmp_path / "d", cached_rows="900TiB")
     with pytest.raises(ConfigError, match="a byte size is"):
         rse.load(path, cached_rows="many")

@@ -387,3 +387,12 @@ def test_padding_and_unpooled_vectors(tmp_path: Path) -> None:
         for mine, theirs in zip(found, wanted, strict=True):
             torch.testing.assert_close(mine, theirs)
         assert not found[1][0, 1].any()
+
+
+@pytest.mark.parametrize("quantization", ["lpt", "alpt", "lsq"])
+def test_rows_that_train_in_few_bits_are_exported_first(tmp_path: Path, quantization: str) -> None:
+    emb = rse.make_embedding("full", 50, 16, precision="int8", quantization=quantization)
+    with pytest.raises(ExportError, match=r"export the model first, then write\s+to_onnx\(recsys_embed.load\(path\)\)"):
+        to_onnx(emb, tmp_path / "e.onnx")
+    rse.export(emb, tmp_path / "e")
+    assert to_onnx(rse.load(tmp_path / "e"), tmp_path / "e.onnx").check is not None

@@ -107,6 +107,32 @@ def test_rounding_costs_more_where_no_network_reads_the_rows(method: str, params
     assert 1 - alone == pytest.approx(8 * (1 - beside))
 
 
+class _Factors(torch.nn.Module):
+    """Matrix factorisation, in which no network reads the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = torch.nn.Embedding(900, 16), torch.nn.Embedding(300, 16)
+
+    def forward(self, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
+        return (self.user(user) * self.item(item)).sum(-1)
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize("model", [_Factors(), Schema([FeatureSpec("user", 900, 16), FeatureSpec("item", 300, 16)])])
+def test_bytes_for_full_tables_give_full_tables_at_every_precision(model: Any, precision: Any) -> None:
+    ample = 10 * 1200 * 64
+    full = plan_for_budget(model, ample, precision=precision, methods="full")
+    assert full.notes is not None
+    for budget in (full.notes.bytes, full.notes.bytes * 21 // 20, ample):
+        plan = plan_for_budget(model, budget, precision=precision, full_below=0)
+        assert {c.method for c in plan.configs.values()} == {"full"}, budget
+    for method in ("lowdim", "memcom", "compositional"):
+        other = plan_for_budget(model, ample, precision=precision, methods=method).notes
+        assert other is not None
+        assert other.predicted_loss >= full.notes.predicted_loss - 1e-9, method
+
+
 @pytest.mark.parametrize(("method", "params"), [("robe", {"block_size": 16}), ("unified", {"dim": 1})])
 def test_a_budget_that_is_too_small_for_a_rounded_block_is_told_what_one_takes(
     method: str, params: dict[str, Any]

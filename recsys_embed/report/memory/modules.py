@@ -62,7 +62,7 @@ def module_storage(model: nn.Module) -> ModelStorage:
     notes += map(str, bare_tables(model))
     cached = [c for m in model.modules() if isinstance(m, RowCaches) for c in m.by_feature.values()]
     if cached:
-        held, most = sum(c.nbytes for c in cached), sum(c.size for c in cached)
+        held, most = sum(c.nbytes for c in cached), sum(c.most_bytes for c in cached)
         notes.append(f"caches of computed rows hold {format_bytes(held)} of at most {format_bytes(most)}")
     return ModelStorage(tuple(storages), tuple(rest), tuple(notes))
 
@@ -121,7 +121,13 @@ def _own_arrays(module: CompressedEmbedding) -> list[ArrayStorage]:
     for name, b in _persistent(module):
         if not name.startswith("served."):
             arrays.append(ArrayStorage(name, b.numel(), 1, b.element_size(), "index", trained=False))
-    return arrays
+    return [*arrays, *_cached(module.caches, 0)]
+
+
+def _cached(caches: RowCaches | None, feature: int) -> list[ArrayStorage]:
+    """Computed rows that are kept while a file is served."""
+    held = 0 if caches is None or feature not in caches.by_feature else caches.by_feature[feature].nbytes
+    return [ArrayStorage("cached rows", held, 1, 1, "index", trained=False)] if held else []
 
 
 def _served(name: str, stored: Stored, offset: int, reads: int) -> list[ArrayStorage]:
@@ -185,6 +191,7 @@ def _storages_of_collection(collection: EmbeddingCollection, tables: Sequence[Fo
             else:
                 arrays += held
         place = list(bundle.programs).index(spec.name)
+        arrays += _cached(bundle.caches, list(collection.schema).index(spec))
         storage = storage_of(found.name, found.kind, spec, config, program, (*arrays, *index_arrays(program)), at)
         lookup_keys = row_keys(program, bundle.kernel.index, place)
         storage = replace(storage, paths=found.paths, lookup_keys=lookup_keys)
