@@ -69,6 +69,16 @@ def test_averages_and_scales_find_the_steps_of_the_new_rows(quantization: str, p
         assert error(emb(IDS), results[name]) < allowed * least, name
 
 
+def test_averages_in_place_are_those_of_float32_rows() -> None:
+    start, end = torch.randn(50, 16), torch.randn(50, 16)
+    first, second = drop_in("lsq", "int2"), drop_in("lsq", "int2")
+    with torch.no_grad():
+        first.weight.copy_(start)
+        second.weight.copy_(end)
+        first.weight.lerp_(second.weight, 0.25)
+    torch.testing.assert_close(first.weight.stored[:, :16], start.lerp(end, 0.25))
+
+
 def test_weight_decay_of_an_optimizer_keeps_the_steps_that_rows_learn() -> None:
     emb = drop_in("lsq", "int4")
     before = emb.weight.distances()

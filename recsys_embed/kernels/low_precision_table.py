@@ -13,7 +13,7 @@ from recsys_embed.core.row_format import RowFormat
 from recsys_embed.core.stochastic_rounding import random_words
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.collectives import check_collective
-from recsys_embed.kernels.low_precision_writes import store_result
+from recsys_embed.kernels.low_precision_writes import averages, store_result
 from recsys_embed.kernels.pointers import checked_address
 from recsys_embed.optim.wrapper_tensor import WrapperTensor
 
@@ -485,7 +485,7 @@ def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
             if func.namespace == "c10d":
                 return x.stored
             if id(x) not in dense:
-                dense[id(x)] = x.to_dense() if id(x) not in written else x.all_unrounded()
+                dense[id(x)] = x.all_unrounded() if id(x) in written or averages(func) else x.to_dense()
             return dense[id(x)]
         return type(x)(given(v) for v in x) if isinstance(x, (list, tuple)) else x
 

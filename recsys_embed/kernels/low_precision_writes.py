@@ -18,6 +18,11 @@ _DECAY = 0.1
 """Largest part by which weight decay, a part of an optimizer's step, scales an element."""
 
 
+def averages(func: Any) -> bool:
+    """Whether an operation averages tables in place, so that rows that are read rounded give it their float32 ones."""
+    return func._schema.name.removeprefix("aten::") in _AVERAGES
+
+
 def store_result(table: Any, values: Tensor, func: Any, moves: bool) -> None:
     """Store what an operation has made of a decoded table.
 
@@ -30,7 +35,7 @@ def store_result(table: Any, values: Tensor, func: Any, moves: bool) -> None:
     name = func._schema.name.removeprefix("aten::")
     if name in _GIVEN and not moves:
         table.write_all(values)
-    elif table.format.learns and (name in _AVERAGES or (name in _SCALES and not _decays(table, values))):
+    elif table.format.learns and (averages(func) or (name in _SCALES and not _decays(table, values))):
         table.rescale_all(values)
     else:
         table.step_all(values)
