@@ -37,7 +37,9 @@ def rounded(rows: Tensor, steps: Tensor, bits: int) -> Tensor:
 def test_a_step_is_that_of_the_gradient_by_autograd(backend: str, quantization: str, kind: str) -> None:
     """SGD: the step moves by its gradient, scaled, at its rate; alpt takes it at the stepped row."""
     lr, rate, bits = 0.1, 0.01, {"int8": 8, "int4": 4, "int2": 2}[kind]
-    options = {"precision": kind, "quantization": quantization, "quantization_step_lr": rate, "rounding": "nearest"}
+    options = {"precision": kind, "quantization": quantization, "quantization_step_lr": rate}
+    if quantization == "alpt":
+        options["rounding"] = "nearest"
     coll = collection(SGD(lr), backend, **options)
     table = table_of(coll)
     rows, steps = table.all_unrounded().double(), table.distances().double().requires_grad_()

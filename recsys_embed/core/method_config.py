@@ -146,6 +146,9 @@ class MethodConfig(ABC):
             idle = [("quantization_step", "codes (int8, int4, int2)")] * ("quantization_step" in given and not integers)
             if self.quantization == "lpt" and "quantization_step_lr" in given:
                 idle.append(("quantization_step_lr", "steps that learn (`quantization` alpt or lsq)"))
+            if self.quantization == "lsq" and "rounding" in given:
+                # Narrow tables, which train as with "lpt", round stochastically beside such rows.
+                idle.append(("rounding", "rows that are stored rounded (`quantization` lpt or alpt)"))
         return [f"`{name}` is for {purpose}, and here are none; leave it out" for name, purpose in idle]
 
     def _said(self, option: str) -> bool:

@@ -83,7 +83,9 @@ class Storage:
         if isinstance(self.source, Stored):
             return self.source.dense(start, stop - start).cpu()
         if isinstance(self.source, LowPrecisionTable):
-            return self.source.rows(start, stop).cpu()
+            rows, unrounded = self.source.rows(start, stop), self.source.unrounded_rows(start, stop)
+            # A float32 row that is not finite is read as 0 once it is rounded, which is no value that it learned.
+            return rows.where(torch.isfinite(unrounded), torch.nan).cpu()
         rows = self.source.detach()[start:stop].cpu()
         if self.renorm is not None:
             # As nn.Embedding does in place to the rows that it reads.

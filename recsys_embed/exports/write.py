@@ -89,7 +89,7 @@ def export(
             these say nothing.
         prune: drop rows and columns of zeros where that saves bytes.
         search: how scales of integer rows are found: ``"minmax"`` (default of int8), ``"greedy"`` (of int4) or
-            ``"mse"``, of least squared error (of int2).
+            ``"mse"``, of least squared error (of int2); a note says if no row has such a scale.
         rows_per_scale: consecutive rows of integers or fp8 that share a scale, at most 64: 4 rows of width 16 take 9
             bytes each at int4 rather than 12, for 2.3 times the squared error. Torch decodes them, slower than the
             compiled kernels decode rows with a scale each.
@@ -217,6 +217,13 @@ class _Writer:
         self.precision = precision or (planned.pop() if len(planned) == 1 else PLANNED)
         self.searches = {kind: search or default for kind, default in SEARCHES.items()}
         self.search = self.searches.get(self.precision, "minmax")
+        if search is not None and not any(
+            p.part.layout.kind in SEARCHES and p.steps is None for _, tables in self.packed for p in tables
+        ):
+            self.notes = [
+                *notes,
+                f"`search={search!r}` changed nothing: no rows are int8, int4 or int2 by a scale that is searched",
+            ]
         self.matrices = {m.key: m for m in self._matrices()}
         self.errors = {key: RoundingError() for key in self.matrices}
         self.digests: dict[str, str] = {}
@@ -226,11 +233,10 @@ class _Writer:
         out, faults = [], []
         kinds = {self.rounded or storage.precision for storage in self.found.storages}
         if per_scale > 1 and not any(Layout.of(NARROW, kind).scaled for kind in kinds):
-            told = ", ".join(sorted(kinds)) or "none"
-            faults.append(
-                f"`rows_per_scale` is for rows with a scale (fp8, int8, int4, int2); the precisions are {told}: give "
-                "`precision` too"
-            )
+            told = f"the precisions are {', '.join(sorted(kinds))}: give `precision` too"
+            if not kinds:
+                told = "this model has no table that is rounded, since its vectors are computed: leave it out"
+            faults.append(f"`rows_per_scale` is for rows with a scale (fp8, int8, int4, int2); {told}")
         for storage in self.found.storages:
             tables, start, precision = [], 0, self.rounded or storage.precision
             for name, rows in storage.tables:

@@ -13,7 +13,7 @@ from recsys_embed.core import config_state
 from recsys_embed.core.hashing import salt
 from recsys_embed.core.program import Table
 from recsys_embed.core.row_format import RowFormat
-from recsys_embed.errors import ConfigError
+from recsys_embed.errors import CheckpointError, ConfigError
 from recsys_embed.kernels.low_precision_table import LowPrecisionTable
 from recsys_embed.kernels.storage import allocate
 
@@ -109,5 +109,11 @@ def load_stored(module: nn.Module, state_dict: dict[str, Any], prefix: str, meta
         saved = state_dict.get(prefix + name)
         if isinstance(saved, Tensor):
             numbers = said.get(STORED_ROWS, {}).get(_STORED_AS.get(name, name), {})
+            # Versions that wrote codes as `[rows, 1, items]` say at which distance, in the configuration.
+            if packed is None and saved.dim() == 3 and not table.format.learns:
+                raise CheckpointError(
+                    f"the state dict has codes of {prefix + name!r} without the distance between them, which is in "
+                    f"{prefix + '_extra_state'!r}; load the whole state dict, with that entry"
+                )
             assign = bool(metadata.get("assign_to_params_buffers"))
             state_dict[prefix + name] = table.as_table(saved, numbers, assign)

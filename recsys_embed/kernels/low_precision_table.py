@@ -13,6 +13,7 @@ from recsys_embed.core.row_format import RowFormat
 from recsys_embed.core.stochastic_rounding import random_words
 from recsys_embed.errors import ConfigError
 from recsys_embed.kernels.collectives import check_collective
+from recsys_embed.kernels.low_precision_writes import store_result
 from recsys_embed.kernels.pointers import checked_address
 from recsys_embed.optim.wrapper_tensor import WrapperTensor
 
@@ -34,7 +35,8 @@ class LowPrecisionTable(WrapperTensor):
     rounding, or unrounded where the format keeps float32 rows and rounds what is read. For any other operation of torch
     it is the decoded table: a copy, which takes 4 bytes per element for as long as it lives. What is assigned, copied,
     scattered or drawn into it is rounded to nearest; other operations in place, such as the step of a torch optimizer,
-    round as fused rules do.
+    round as fused rules do. Steps that rows learn are stepped with them, too, except by averages and changes of scale:
+    ``lerp_``, and ``mul_`` and ``div_`` that change an element by more than a tenth, find steps for the new rows.
 
     Args:
         stored: ``[rows, items]`` of the format's dtype.
@@ -85,6 +87,23 @@ class LowPrecisionTable(WrapperTensor):
     def like(self, stored: Tensor) -> LowPrecisionTable:
         """A table of other stored rows, which counts on from the writes of this one."""
         return LowPrecisionTable(stored, self.format, self.shape[1], self.seed, Writes(self.writes.count))
+
+    # A property, because torch would keep what it is given in a place that nothing reads.
+    @property
+    def data(self) -> Tensor:
+        """The table without its history; what is assigned to it is stored, rounded to nearest."""
+        return cast("Tensor", cast("Any", Tensor).data.__get__(self))
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        if values.shape != self.shape or values.device != self.device:
+            raise ConfigError(
+                f"`data` of a low-precision table {list(self.shape)} on {self.device} takes values of its shape and "
+                f"device; got {list(values.shape)} on {values.device}: write values by `weight.copy_()`, and move the "
+                "module by `to()`"
+            )
+        with torch.no_grad():
+            _copy_(self, values.detach())
 
     # -- state dicts ------------------------------------------------------------------------------------------------
 
@@ -142,6 +161,10 @@ class LowPrecisionTable(WrapperTensor):
     def rows(self, start: int, stop: int) -> Tensor:
         """Values of rows ``[start, stop)``: float32, a copy."""
         return self.format.decode(self.stored[start:stop], self.shape[1])
+
+    def unrounded_rows(self, start: int, stop: int) -> Tensor:
+        """What an optimizer steps of rows ``[start, stop)``: float32, a copy."""
+        return self.format.unrounded(self.stored[start:stop], self.shape[1])
 
     def to_dense(self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None) -> Tensor:
         """The values: float32 ``[rows, width]``."""
@@ -201,6 +224,16 @@ class LowPrecisionTable(WrapperTensor):
             moved = (after != self.format.unrounded(stored, self.shape[1])).any(1).nonzero().squeeze(1)
             words = self._words(moved + start, self.writes.count)
             stored.index_copy_(0, moved, self.format.stepped(stored.index_select(0, moved), after[moved], words))
+
+    def rescale_all(self, values: Tensor) -> None:
+        """Write all rows after an average or a change of scale: those that it has moved find their steps anew."""
+        self.writes.count += 1
+        for start, stored in self.pieces():
+            after = values[start : start + len(stored)]
+            moved = (after != self.format.unrounded(stored, self.shape[1])).any(1).nonzero().squeeze(1)
+            words = self._words(moved + start, self.writes.count)
+            words = None if words is None else words[:, : self.shape[1]]
+            stored.index_copy_(0, moved, self.format.encode(after[moved], words))
 
     def write_all(self, values: Tensor) -> None:
         """Write all rows that differ from ``values``, rounded to nearest."""
@@ -358,7 +391,8 @@ def _index(table: LowPrecisionTable, indices: Any) -> Any:
 def _index_put_(table: LowPrecisionTable, indices: Any, values: Tensor, accumulate: bool = False) -> Any:
     if accumulate or len(indices) != 1 or indices[0] is None or indices[0].dim() != 1 or indices[0].dtype is torch.bool:
         return NotImplemented
-    table.write(indices[0].long(), values.expand(len(indices[0]), table.shape[1]))
+    rows = indices[0].long()
+    table.write(torch.where(rows < 0, rows + len(table.stored), rows), values.expand(len(rows), table.shape[1]))
     return table
 
 
@@ -400,12 +434,6 @@ def _add_(table: LowPrecisionTable, other: Any, *, alpha: float = 1) -> Any:
     return table
 
 
-_GIVEN = {
-    "copy_", "fill_", "zero_", "normal_", "uniform_", "trunc_normal_", "random_", "index_fill_", "masked_fill_",
-    "masked_scatter_", "scatter_", "index_put_", "_index_put_impl_", "index_copy_", "put_", "fill_diagonal_",
-    "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_",
-}  # fmt: skip
-"""Operations that say what a table holds, rather than move it."""
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _alias,
     aten.alias.default: _alias,
@@ -465,16 +493,8 @@ def _densely(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     changed: dict[int, LowPrecisionTable] = {}
     for number, table in written.items():
         if number in dense:
-            _store(table, dense[number], func, bool(named.get("accumulate") or named.get("reduce")))
+            store_result(table, dense[number], func, bool(named.get("accumulate") or named.get("reduce")))
             changed[id(dense[number])] = table
     if isinstance(out, (list, tuple)):
         return type(out)([changed.get(id(x), x) for x in out])
     return changed.get(id(out), out)
-
-
-def _store(table: LowPrecisionTable, values: Tensor, func: Any, moves: bool) -> None:
-    """Store what an operation has made of a decoded table; ``moves``: it added to what was there."""
-    if func._schema.name.removeprefix("aten::") in _GIVEN and not moves:
-        table.write_all(values)
-        return
-    table.step_all(values)

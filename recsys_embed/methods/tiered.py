@@ -60,7 +60,11 @@ class TieredConfig(MethodConfig):
         known, n, tiers = get_args(Precision), spec.num_ids, len(self.precisions)
         named = self.precisions[:-1] if self.precisions[-1:] == (DROPPED,) else self.precisions
         faults += [
-            str(unknown_name("precision in `precisions`", p, (*known, DROPPED))) for p in named if p not in known
+            f"{DROPPED!r} in `precisions` is for the last tier; give the {tiers} tiers in another order"
+            if p == DROPPED
+            else str(unknown_name("precision in `precisions`", p, (*known, DROPPED)))
+            for p in named
+            if p not in known
         ]
         if not named:
             faults.append(f"`precisions` must name that of at least one tier with rows; got {self.precisions!r}")

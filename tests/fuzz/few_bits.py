@@ -43,6 +43,8 @@ def draw_few_bits(seed: int) -> Program:
     program, rng = draw(seed), random.Random(f"bits of {seed}")
     quantization, precision = rng.choice(WAYS), rng.choice(PRECISIONS)
     options = {"precision": precision, "quantization": quantization, "rounding": rng.choice(("stochastic", "nearest"))}
+    if quantization == "lsq":  # such rows are stored unrounded
+        del options["rounding"]
     features = tuple(_in_few_bits(f, options) for f in program.features)
     rule_options = program.rule_options
     if program.rule is not None and rng.random() < 0.5:
