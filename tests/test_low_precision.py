@@ -359,3 +359,15 @@ def test_compiled_models_leave_them_to_python(quantization: str) -> None:
     assert torch.equal(*(stored(coll)[0] for coll in made))
     with pytest.raises(Exception, match=r"export\(\) and load\(\) the model"):
         torch.export.export(made[0].eval(), (ids,))
+
+
+def test_an_export_tells_of_rows_that_training_clipped(tmp_path: Path) -> None:
+    emb = rse.make_embedding("full", 100, 16, precision="int8", quantization="lpt", quantization_step=2.0**-10)
+    with torch.no_grad():
+        emb.weight.copy_(torch.linspace(-0.1, 0.1, 1600).view(100, 16))
+    assert rse.export(emb, tmp_path / "e").notes == ()
+    with torch.no_grad():
+        emb.weight.copy_(torch.linspace(-0.25, 0.25, 1600).view(100, 16))  # codes end at 0.125
+    (note,) = rse.export(emb, tmp_path / "e").notes
+    assert note.startswith("50% of the numbers of table 'weight' stand at the outermost codes")
+    assert "`quantization_step`" in note

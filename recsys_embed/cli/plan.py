@@ -308,7 +308,7 @@ def _summary(features: Schema, made: Plan) -> str:
         f"frequencies: {notes.statistics}",
     ]
     if whole.unrounded and notes.target != "train":
-        lines.insert(1, f"{format_bytes(whole.train)} while rows train, before an export rounds them")
+        lines.insert(1, f"{format_bytes(whole.train)} of weights while they train, before an export rounds them")
     if notes.left_out:
         lines.append(f"not in the plan nor its budget: {'; '.join(notes.left_out)}")
     lines += [f"warning: {text}" for text in notes.warnings]

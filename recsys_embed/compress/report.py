@@ -149,7 +149,7 @@ class CompressReport:
         lines += [f"{'+' if t.shared else ' '} {t.name}: {t.note}" for t in self.tables if t.note]
         if self.bytes_held != self.bytes_after:
             lines.append(
-                f"after: as exported; the model itself holds {format_bytes(self.bytes_held)}, as its rows train"
+                f"after: as exported; the model itself holds {format_bytes(self.bytes_held)} of weights as they train"
             )
         lines += self.notes
         if self.dry_run:

@@ -62,6 +62,22 @@ class Storage:
             return None
         return lambda start, stop: source.distances(start, stop).cpu()
 
+    def share_clipped(self, start: int, count: int) -> float:
+        """Share of the numbers of ``count`` rows that stand at the outermost codes of a fixed step, where that tells
+        of clipping: half as many again as at the codes beside them.
+        """
+        source = self.source
+        if not isinstance(source, LowPrecisionTable) or source.format.learns or not source.format.bits:
+            return 0.0
+        last, outermost, beside = 1 << (source.format.bits - 1), 0, 0
+        size = max(1, (1 << 18) // self.width)
+        for first in range(start, start + count, size):
+            codes = source.rows(first, min(first + size, start + count)) / source.format.step
+            # Codes are whole numbers from -last to last - 1.
+            places = torch.where(codes < 0, codes + last, last - 1 - codes).round()
+            outermost, beside = outermost + int((places == 0).sum()), beside + int((places == 1).sum())
+        return outermost / max(count * self.width, 1) if outermost > 1.5 * beside else 0.0
+
     def read(self, start: int, stop: int) -> Tensor:
         """Rows ``[start, stop)`` as lookups see them, on the CPU."""
         if isinstance(self.source, Stored):

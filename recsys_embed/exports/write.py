@@ -34,6 +34,9 @@ from recsys_embed.utils.files import replacing
 if TYPE_CHECKING:
     from recsys_embed.data.loader import Dataset
 
+CLIPPED = 0.01
+"""Share of a table's numbers at the outermost codes above which a report says so."""
+
 
 def unwritten(path: Path, error: OSError) -> CheckpointError:
     """The error for an export that could not be written."""
@@ -179,6 +182,20 @@ def _finite(value: float, name: str) -> float:
     return number
 
 
+def _notes_of_clipping(found: ModelContents) -> Iterator[str]:
+    """A note per table that trained at a fixed step and of whose numbers many stand at the outermost codes."""
+    for storage in found.storages:
+        start = 0
+        for name, rows in storage.tables:
+            share = storage.share_clipped(start, rows)
+            if share > CLIPPED:
+                yield (
+                    f"{share:.0%} of the numbers of table {name!r} stand at the outermost codes of its step, beyond "
+                    "which training clipped them: set a larger `quantization_step`, or train with quantization 'alpt'"
+                )
+            start += rows
+
+
 class _Writer:
     def __init__(
         self,
@@ -194,7 +211,7 @@ class _Writer:
     ) -> None:
         self.model, self.found, self.kind = model, found, kind
         self.rounded = precision
-        self.encoders, self.notes = encoders, notes
+        self.encoders, self.notes = encoders, [*notes, *_notes_of_clipping(found)]
         self.packed = self._inspect_tables(prune, rows_per_scale)
         planned = {storage.precision for storage in found.storages} or {"fp32"}
         self.precision = precision or (planned.pop() if len(planned) == 1 else PLANNED)

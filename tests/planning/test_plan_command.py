@@ -239,7 +239,7 @@ def test_bytes_to_train_are_told_beside_those_to_serve(schema_file: Path, capsys
     assert main([*args, "--precision", "int8"]) == 0
     parts = plan_for_budget(SCHEMA, "900KiB", precision="int8").footprint(SCHEMA)
     assert parts.serve < parts.train
-    told = f"{format_bytes(parts.train)} while rows train, before an export rounds them"
+    told = f"{format_bytes(parts.train)} of weights while they train, before an export rounds them"
     assert told in capsys.readouterr().out
     assert main(args) == 0
-    assert "while rows train" not in capsys.readouterr().out
+    assert "of weights while" not in capsys.readouterr().out
