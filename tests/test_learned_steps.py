@@ -12,6 +12,7 @@ from torch import Tensor
 
 import recsys_embed as rse
 from recsys_embed import EmbeddingCollection, FeatureSpec, Plan, RowwiseAdagrad, Schema
+from recsys_embed.core.program import Initializer
 from recsys_embed.core.row_format import DEFAULT_STEPS, TRAINED, RowFormat
 from recsys_embed.kernels.low_precision_table import LowPrecisionTable
 from recsys_embed.optim import SGD
@@ -97,6 +98,16 @@ def test_steps_are_written_back_without_bias() -> None:
     assert abs(float(steps.double().mean()) - exact) < 5 * distance / 2 / math.sqrt(4000)
     values = table.to_dense()
     assert abs(float(values.double().mean()) + first / 4) < 5 * first / 2 / math.sqrt(64_000)
+
+
+@pytest.mark.parametrize("quantization", ["alpt", "lsq"])
+def test_rows_that_start_at_zero_have_steps_whatever_their_memory_held(quantization: str) -> None:
+    format = RowFormat("int8", 2.0**-6, quantization=quantization)
+    table = LowPrecisionTable.empty(50, 16, format, torch.device("cpu"), seed=3)
+    table.stored.zero_()
+    Initializer("constant").fill_(table, seed=0)
+    assert float(table.distances().min()) >= 2.0**-6
+    assert not table.to_dense().any()
 
 
 @EVERY_WAY

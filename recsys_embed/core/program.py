@@ -82,12 +82,15 @@ class Initializer:
         """Fill ``out`` in place; values only depend on ``seed`` and the shape, not on device or threads."""
         if out.is_meta:
             return out
-        if self.distribution == "constant":
-            return out.fill_(self.loc)
-        if hasattr(out, "fill_from"):  # rows that train in few bits are written by pieces
+        constant = self.distribution == "constant"
+        if hasattr(out, "fill_from"):  # rows that train in few bits are written by pieces, with all that stands in them
             draws, width = _Elements(self.stream(out.numel(), seed)), out.shape[1]
-            out.fill_from(lambda _, count: draws.next(count * width).view(count, width), seed=seed)
+            out.fill_from(
+                lambda _, count: draws.next(count * width).view(count, width), seed=None if constant else seed
+            )
             return out
+        if constant:
+            return out.fill_(self.loc)
         held, at = held_part(out)
         flat = held.view(-1)
         for draw in self.stream(out.numel(), seed):
